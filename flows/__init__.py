@@ -1,0 +1,1 @@
+"""Prefect flows and the `repae` command line; no torch is imported here."""

@@ -1,0 +1,1 @@
+"""REPA-E as a plain library: models, losses, samplers, data and artifacts; no orchestrator inside."""

@@ -1,0 +1,1 @@
+"""One Prefect task a stage: resolve inputs, launch, publish; no maths."""
