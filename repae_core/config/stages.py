@@ -1,0 +1,131 @@
+"""Configs of the stages that do not train (system.md section 2)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import field_validator
+
+from repae_core.config.fields import Config, execution, output
+
+
+class PreprocessConfig(Config):
+    """Raw images to WebDataset shards of square RGB images."""
+
+    source: str = output(
+        "digits", "Images: `digits` (built in), a folder of class folders, or a flat folder with dataset.json"
+    )
+    resolution: int = output(256, "Side of the square images, pixels", ge=8, le=4096)
+    images_per_shard: int = output(2_000, "Images planned for one shard", ge=1)
+    encoding: Literal["png"] = output("png", "Image format in the shards (lossless)")
+    max_skipped_fraction: float = output(
+        0.01, "Share of unreadable images above which the stage stops", ge=0, le=1
+    )
+    processes: int = execution(1, "Processes that crop and encode", ge=1)
+
+
+class ExtractVAEConfig(Config):
+    """The tuned VAE out of a joint checkpoint, with its measured latent statistics."""
+
+    checkpoint: str = output("last", "Joint checkpoint: `last` or images seen")
+    stats_images: int | None = output(
+        None, "Images on which latent statistics are measured; none = all", ge=2
+    )
+    export_diffusers: bool = output(True, "Also write a diffusers AutoencoderKL folder")
+    batch_size: int = execution(64, "Images a forward pass", ge=1)
+
+    @field_validator("checkpoint", mode="before")
+    @classmethod
+    def _images_seen(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, int) else value
+
+
+class CacheLatentsConfig(Config):
+    """Posterior mean and std of every image, as shards."""
+
+    vae: str = output(
+        "auto", "`auto` = of extract-vae; or the URI of an extract-vae artifact: stages 2-3 are not run"
+    )
+    dtype: Literal["float32", "float16", "bfloat16"] = output(
+        "float32", "Type in which mean and std are stored"
+    )
+    flip: bool = output(False, "Also cache the mirrored images")
+    encoder: tuple[str, ...] = output((), "Encoders whose features are cached too; [] = none")
+    encoder_weights: tuple[str, ...] = output(
+        (), "One weights file an encoder; empty = the registry's", content=True
+    )
+    encoder_grid: int | None = output(
+        None, "Tokens a side of the features; none = the grid of train_ldm.model", ge=1
+    )
+    batch_size: int = execution(64, "Images a forward pass", ge=1)
+    workers: int = execution(0, "Ray workers; 0 = in this process", ge=0)
+
+    @field_validator("encoder", "encoder_weights", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return tuple(v.strip() for v in value.split(",") if v.strip()) if isinstance(value, str) else value
+
+
+class GenerateConfig(Config):
+    """Images from a trained SiT and its VAE (system.md section 5)."""
+
+    model: Literal["train-ldm", "train-repae"] = output("train-ldm", "Stage whose SiT generates")
+    checkpoint: str = output("last", "Checkpoint: `last` or images seen")
+    weights: Literal["ema", "raw"] = output("ema", "Moving average or raw weights of SiT")
+    num_images: int = output(50_000, "Images to generate", ge=1)
+    sampler: Literal["ode", "heun", "sde"] = output("sde", "Euler ODE, Heun ODE or Euler-Maruyama SDE")
+    steps: int | None = output(None, "Sampler steps; none = 50 (ode, heun) or 250 (sde)", ge=1)
+    guidance: float = output(1.0, "Classifier-free guidance scale; 1 = off", ge=0)
+    guidance_interval: tuple[float, float] = output((0.0, 1.0), "Times t between which guidance is on")
+    labels: str = output("equal", "`equal`, `random`, or a list of classes that is repeated, e.g. 0,1,2")
+    rounding: Literal["truncate", "round"] = output("truncate", "How [-1,1] becomes uint8 (ADM truncates)")
+    images_per_shard: int = output(1_000, "Images in one shard of the result", ge=1)
+    batch_size: int = execution(64, "Images a sampler batch", ge=1)
+    workers: int = execution(0, "Ray workers; 0 = in this process", ge=0)
+
+    @field_validator("checkpoint", mode="before")
+    @classmethod
+    def _images_seen(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, int) else value
+
+    @field_validator("guidance_interval")
+    @classmethod
+    def _interval(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0.0 <= value[0] <= value[1] <= 1.0:
+            raise ValueError("must be two times with 0 <= low <= high <= 1")
+        return value
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _label_list(cls, value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            value = ",".join(str(v) for v in value)
+        if isinstance(value, int):
+            value = str(value)
+        if isinstance(value, str) and value not in ("equal", "random"):
+            parts = [p.strip() for p in value.split(",")]
+            if not all(p.isdigit() for p in parts):
+                raise ValueError("must be `equal`, `random`, or a list of class numbers such as [0, 1, 2]")
+            value = ",".join(str(int(p)) for p in parts)
+        return value
+
+    @property
+    def sampler_steps(self) -> int:
+        """Steps in force: the sampler's default unless set."""
+        return self.steps or (250 if self.sampler == "sde" else 50)
+
+
+class EvaluateConfig(Config):
+    """Scores of the generated images and of the VAE (system.md section 6)."""
+
+    extractor: Literal["inception", "digits"] = output("inception", "Feature network of the metrics")
+    extractor_weights: str = output(
+        "", "Weights file of the feature network (inception needs one)", content=True
+    )
+    reference: str = output("auto", "`auto` = all preprocessed images, or an .npz (arr_0, or mu and sigma)")
+    neighbours: int = output(3, "k of precision and recall", ge=1)
+    vae_images: int = output(2_000, "Images on which the VAE's reconstruction is scored; 0 = none", ge=0)
+    untrained_baseline: bool = output(
+        False, "Also score samples of an untrained SiT (same size, sampler and VAE)"
+    )
+    batch_size: int = execution(100, "Images a forward pass", ge=1)
