@@ -1,0 +1,50 @@
+# One environment for everything: ./.venv. `make help` lists the targets.
+SHELL := /bin/bash
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed-from-lock
+# One thread a test process, and no spinning of idle OpenMP threads: see docs/environment.md.
+TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
+
+.PHONY: help env run report test test-slow lint lock clean networks
+
+help:  ## List the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | column -t -s $$'\t'
+
+env: $(STAMP)  ## Create .venv with the locked versions
+
+$(STAMP): requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
+
+run: env  ## The quick start: the whole pipeline on handwritten digits, in minutes
+	$(BIN)/repae run
+
+report: env  ## Write the report of the latest run again and say where it is
+	$(BIN)/repae report
+
+test: env  ## All fast tests
+	$(TEST_ENV) $(BIN)/python -m pytest
+
+test-slow: env  ## The end-to-end tests that take minutes
+	$(TEST_ENV) $(BIN)/python -m pytest -m slow --timeout 1800
+
+lint: env  ## Formatter, linter, types, import directions
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+networks: env  ## Train the three small digit networks again (minutes)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m repae_core.digits.train
+
+lock: env  ## Write the installed versions to requirements.lock
+	{ head -n 1 requirements.lock; $(BIN)/pip freeze --all --exclude-editable | grep -v "^pip=="; } > requirements.lock.new
+	mv requirements.lock.new requirements.lock
+
+clean:  ## Remove what the quick start made (artifacts, MLflow, Prefect), not the environment
+	rm -rf artifacts .repae

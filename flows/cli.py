@@ -1,0 +1,149 @@
+"""`repae`: the command line. Heavy packages are imported inside the commands, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="repae",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    help="REPA-E as a pipeline: train a VAE and a latent diffusion transformer end to end.",
+    epilog="First run: `repae run` (minutes on two CPU cores), then `repae report`.",
+)
+
+Preset = Annotated[str, typer.Option("--config", "-c", help="Preset name or config file (YAML or JSON).")]
+Sets = Annotated[list[str], typer.Option("--set", "-s", help="Override: stage.field=value; may be repeated.")]
+StoreOption = Annotated[str, typer.Option("--store", help="Artifact store: path or URI; wins over REPAE_STORE.")]
+Force = Annotated[list[str], typer.Option("--force", help="Stage to run again with all that follows; may be repeated.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@app.command(epilog="Examples: `repae run` · `repae run --set generate.guidance=3.0` · `repae run -c imagenet256-sdvae "
+             "--store s3://bucket/repae` · `repae run --force train-ldm`")  # fmt: skip
+def run(
+    config: Preset = "quickstart",
+    sets: Sets = [],  # noqa: B006
+    store: StoreOption = "",
+    force: Force = [],  # noqa: B006
+    debug: Debug = False,
+) -> None:
+    """Run the whole pipeline; finished stages are skipped."""
+    from flows.run_command import run_pipeline
+
+    run_pipeline(config, sets, store, force)
+
+
+@app.command(epilog="Examples: `repae stage preprocess --set preprocess.source=photos/` · `repae stage generate --set "
+             "generate.guidance=3.0` · `repae stage generate --inputs latest`")  # fmt: skip
+def stage(
+    name: Annotated[str, typer.Argument(help="preprocess, train-repae, extract-vae, cache-latents, train-ldm, ...")],
+    config: Preset = "quickstart",
+    sets: Sets = [],  # noqa: B006
+    store: StoreOption = "",
+    inputs: Annotated[
+        str, typer.Option("--inputs", help="`auto` (what this config makes), `latest`, or role=reference,...")
+    ] = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Run even if the artifact exists.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Run one stage on artifacts that exist already."""
+    from flows.run_command import run_one_stage
+
+    run_one_stage(name, config, sets, store, inputs, force)
+
+
+@app.command(epilog="Example: `repae plan --set generate.guidance=3.0`")
+def plan(
+    config: Preset = "quickstart",
+    sets: Sets = [],  # noqa: B006
+    store: StoreOption = "",
+    force: Force = [],  # noqa: B006
+    debug: Debug = False,
+) -> None:
+    """Say which stages would run, resume or be skipped, and why; nothing is started."""
+    from flows.inspect_command import print_plan
+
+    print_plan(config, sets, store, force)
+
+
+@app.command(epilog="Example: `repae runs --store s3://bucket/repae`")
+def runs(store: StoreOption = "", debug: Debug = False) -> None:
+    """List the runs of a store, newest first."""
+    from flows.inspect_command import print_runs
+
+    print_runs(store)
+
+
+@app.command(epilog="Examples: `repae report` · `repae report latest -o report.html` · `repae report 20261123`")
+def report(
+    run: Annotated[str, typer.Argument(help="Run id, unique prefix, or `latest`.")] = "latest",
+    store: StoreOption = "",
+    output: Annotated[str, typer.Option("--output", "-o", help="Also write the page to this file.")] = "",
+    debug: Debug = False,
+) -> None:
+    """Write a run's self-contained HTML page and say where it is."""
+    from flows.inspect_command import make_report
+
+    make_report(run, store, output)
+
+
+@app.command(epilog="Examples: `repae verify` · `repae verify train-ldm`")
+def verify(
+    stage: Annotated[str, typer.Argument(help="Stage to check; all by default.")] = "",
+    store: StoreOption = "",
+    debug: Debug = False,
+) -> None:
+    """Check every file of the artifacts against its sha256."""
+    from flows.inspect_command import verify_artifacts
+
+    verify_artifacts(stage, store)
+
+
+@app.command(epilog="Example: `repae doctor --store s3://bucket/repae`")
+def doctor(store: StoreOption = "", debug: Debug = False) -> None:
+    """What works on this machine, what is missing, and the remedy."""
+    from flows.doctor import examine
+
+    raise typer.Exit(examine(store))
+
+
+def main() -> None:
+    """Entry point: one clear line for an error, exit code 2 for bad input, 1 for a failure."""
+    from flows.environment import prepare_environment
+
+    try:
+        if not {"--help", "-h"} & set(sys.argv[1:]):
+            prepare_environment()
+        app()
+    except KeyboardInterrupt:
+        print("repae: stopped; the next run continues from here", file=sys.stderr)
+        raise SystemExit(130) from None
+    except Exception as error:
+        if "--debug" in sys.argv:
+            raise
+        print(f"repae: {_one_line(error)}", file=sys.stderr)
+        raise SystemExit(2 if is_bad_input(error) else 1) from None
+
+
+def is_bad_input(error: BaseException) -> bool:
+    """Config, source, store or input at fault: the user's to mend, before any work."""
+    from repae_core.artifacts import LeaseHeld, StoreError
+
+    return isinstance(error, (ValueError, StoreError, LeaseHeld))
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if isinstance(error, (ValueError, OSError, RuntimeError)) else f"{type(error).__name__}: {text}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""Process settings that must be in place before Prefect, torch or MLflow are imported."""
+
+from __future__ import annotations
+
+import os
+
+from repae_core.config.environment import repae_home
+
+
+def prepare_environment() -> None:
+    """Quiet, local defaults for everything the caller has not set."""
+    home = repae_home()
+    defaults = {
+        "PREFECT_HOME": str(home / "prefect"),
+        "PREFECT_SERVER_EPHEMERAL_ENABLED": "true",
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+        "PREFECT_LOGGING_LEVEL": "ERROR",
+        "PREFECT_LOGGING_TO_API_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+        # Idle OpenMP threads that spin steal the cores from whoever else works: ten times slower on a busy
+        # machine. A short spin keeps two threads fast on a quiet one (docs/environment.md has the figures).
+        "OMP_WAIT_POLICY": "passive",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)

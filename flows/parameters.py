@@ -1,0 +1,58 @@
+"""Flow parameters: a preset and optional overrides, resolved to one frozen config before any work."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic.json_schema import SkipJsonSchema
+
+from repae_core.config import PipelineConfig, load_config, preset_names, resolve_config
+from repae_core.config.environment import store_url
+
+Preset = Annotated[
+    str, Field(description="Preset (or the path of a saved config)", json_schema_extra={"enum": list(preset_names())})
+]
+
+
+def _optional(model: type[BaseModel]) -> type[BaseModel]:
+    """The same fields, each optional: None = as in the preset; no unions in the form."""
+    fields: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        annotation: Any = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            nested = _optional(annotation)
+            fields[name] = (nested, Field(default_factory=nested, description=field.description))
+            continue
+        constrained = Annotated[annotation, *field.metadata] if field.metadata else annotation
+        fields[name] = (constrained | SkipJsonSchema[None], Field(None, description=field.description))
+    return create_model(
+        f"{model.__name__}Overrides",
+        __config__=ConfigDict(extra="forbid", protected_namespaces=()),
+        __doc__=model.__doc__,
+        **fields,
+    )
+
+
+Overrides: Any = _optional(PipelineConfig)
+
+
+def flow_config(preset: str, overrides: BaseModel | None) -> PipelineConfig:
+    """The frozen config of a flow run; the store is the one in force (REPAE_STORE wins).
+
+    Raises:
+        ValueError: one line naming the field at fault.
+    """
+    values = load_config(preset).model_dump(mode="json")
+    if overrides is not None:
+        _merge(values, overrides.model_dump(mode="json", exclude_none=True))
+    config = resolve_config(values, source=preset)
+    return config.model_copy(update={"store": store_url(config)})
+
+
+def _merge(values: dict[str, Any], over: dict[str, Any]) -> None:
+    for name, value in over.items():
+        if isinstance(value, dict) and isinstance(values.get(name), dict):
+            _merge(values[name], value)
+        else:
+            values[name] = value

@@ -1,0 +1,93 @@
+"""Images from a trained SiT, its latent statistics and a VAE decoder (system.md section 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from repae_core.diffusion import item_generators, ode_sample, randn, sde_sample
+from repae_core.models import KLVAE, SiT
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """sampler: ode | heun | sde; interval: times at which guidance is on; rounding: truncate | round."""
+
+    sampler: str = "ode"
+    steps: int = 50
+    guidance: float = 1.0
+    interval: tuple[float, float] = (0.0, 1.0)
+    path: str = "linear"
+    rounding: str = "truncate"
+    bn_inverse_without_eps: bool = False
+
+
+class Generator:
+    """`sample(labels, seed=...)` -> uint8 images; image i is a function of (seed, i), its label and the weights.
+
+    sit: eval mode, its latent norm holding the statistics to decode with; vae: eval mode.
+    """
+
+    def __init__(self, sit: SiT, vae: KLVAE, settings: SamplerSettings | None = None) -> None:
+        self.sit = sit.eval()
+        self.vae = vae.eval()
+        self.settings = settings or SamplerSettings()
+
+    @torch.no_grad()
+    def sample(
+        self,
+        labels: Sequence[int] | Tensor,
+        *,
+        seed: int = 0,
+        first: int = 0,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
+        """uint8 [N,3,H,W] of classes `labels` [N]; `first`: index of the first image in the whole set.
+
+        Raises:
+            ValueError: a label outside the model's classes.
+        """
+        device = next(self.sit.parameters()).device
+        y = torch.as_tensor(labels, dtype=torch.int64, device=device)
+        if y.numel() and not 0 <= int(y.min()) <= int(y.max()) < self.sit.num_classes:
+            raise ValueError(f"labels must be in 0..{self.sit.num_classes - 1}")
+        latents = self.sample_latents(y, seed=seed, first=first, progress=progress)
+        return to_uint8(self.decode(latents), self.settings.rounding)
+
+    @torch.no_grad()
+    def sample_latents(
+        self, y: Tensor, *, seed: int, first: int, progress: Callable[[int, int], None] | None = None
+    ) -> Tensor:
+        """Normalised latents [N,C,h,w], float64."""
+        s, positions = self.settings, range(first, first + len(y))
+        shape = (self.sit.in_channels, self.sit.input_size, self.sit.input_size)
+        noise = randn(shape, item_generators(seed, "generate.noise", positions)).to(y.device)
+        common = {
+            "steps": s.steps,
+            "guidance": s.guidance,
+            "interval": s.interval,
+            "null_class": self.sit.null_class,
+            "progress": progress,
+        }
+        if s.sampler == "sde":
+            draws = item_generators(seed, "generate.sde", positions)
+            return sde_sample(self.sit, noise, y, path=s.path, generator=draws, **common)
+        return ode_sample(self.sit, noise, y, heun=s.sampler == "heun", **common)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Normalised latents -> images [N,3,H,W], nominally in [-1,1]."""
+        z = self.sit.bn.denormalize(latents, without_eps=self.settings.bn_inverse_without_eps)
+        images: Tensor = self.vae.decode(z.float())
+        return images
+
+
+def to_uint8(images: Tensor, rounding: str = "truncate") -> Tensor:
+    """[-1,1] -> uint8; `truncate` is clamp(255 (x+1)/2) cut to an integer, as published and as ADM."""
+    levels = (images.float() + 1) * 127.5
+    if rounding == "round":
+        levels = levels.round()
+    return levels.clamp(0, 255).to(torch.uint8)

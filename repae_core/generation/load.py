@@ -1,0 +1,84 @@
+"""Models out of artifacts: the VAE of extract-vae, the SiT of a checkpoint, or both as a Generator."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_safetensors
+from torch import Tensor
+
+from repae_core.artifacts import Artifact, Store
+from repae_core.generation.generator import Generator, SamplerSettings
+from repae_core.models import KLVAE, SiT, build_vae
+
+CHECKPOINTS = "checkpoints"
+
+
+def open_artifact_uri(uri: str | Path) -> Artifact:
+    """The artifact at `{store}/{stage}/{fingerprint}`; ValueError when it is not a whole artifact."""
+    parts = str(uri).rstrip("/").rsplit("/", 2)
+    if len(parts) != 3:
+        raise ValueError(f"{uri}: not an artifact folder (store/stage/fingerprint)")
+    artifact = Artifact(Store(parts[0]), parts[1], parts[2])
+    if not artifact.is_whole():
+        raise ValueError(f"{uri}: not a finished artifact (no manifest.json, or files are missing)")
+    return artifact
+
+
+def load_vae(artifact: Artifact) -> KLVAE:
+    """The VAE of an extract-vae artifact, in eval mode."""
+    vae = build_vae(artifact.read_json("vae.json"))
+    vae.load_state_dict(load_safetensors(artifact.read_bytes("vae.safetensors")))
+    return vae.eval().requires_grad_(False)
+
+
+def load_latent_stats(artifact: Artifact) -> tuple[Tensor, Tensor]:
+    """Measured (scale, bias) [C] of an extract-vae or cache-latents artifact, float64."""
+    stats = artifact.read_json("latent_stats.json")
+    return torch.tensor(stats["scale"], dtype=torch.float64), torch.tensor(stats["bias"], dtype=torch.float64)
+
+
+def load_sit(artifact: Artifact, checkpoint: str = "last", weights: str = "ema") -> tuple[SiT, dict[str, Any]]:
+    """SiT of a training artifact (`ema` or `raw` weights) and its checkpoint's record."""
+    from repae_core.training.checkpoint import read_record, read_weights, resolve_checkpoint
+
+    images_seen = resolve_checkpoint(artifact, checkpoint)
+    record = read_record(artifact, images_seen)
+    sit = SiT(**record["sit"])
+    sit.load_state_dict(read_weights(artifact, images_seen, "ema" if weights == "ema" else "sit"))
+    return sit.eval().requires_grad_(False), record
+
+
+def build_generator(
+    model: Artifact, vae: Artifact, *, checkpoint: str = "last", weights: str = "ema", **settings: Any
+) -> Generator:
+    """SiT of `model` with the VAE of `vae`; a joint SiT takes the statistics measured on that VAE."""
+    sit, record = load_sit(model, checkpoint, weights)
+    if model.stage == "train-repae":
+        scale, bias = load_latent_stats(vae)
+        sit.set_latent_stats(scale=scale, bias=bias)
+    return Generator(sit, load_vae(vae), SamplerSettings(path=record["path"], **settings))
+
+
+def load_model(uri: str | Path, **settings: Any) -> Generator:
+    """The model of a `generate` or `train-ldm` artifact, ready to `.sample(labels, seed=...)` in a notebook.
+
+    uri: the artifact's folder; settings: fields of SamplerSettings, e.g. guidance=2.0.
+
+    Raises:
+        ValueError: not a whole artifact of these stages, or its inputs are not in the same store.
+    """
+    artifact = open_artifact_uri(uri)
+    if artifact.stage not in ("train-ldm", "generate"):
+        raise ValueError(f"{uri}: expected an artifact of train-ldm or generate, not of {artifact.stage}")
+    manifest = artifact.manifest()
+    assert manifest is not None
+    vae = manifest.inputs["vae"]
+    model = manifest.inputs["model"] if artifact.stage == "generate" else None
+    return build_generator(
+        Artifact(artifact.store, model.stage, model.fingerprint) if model else artifact,
+        Artifact(artifact.store, vae.stage, vae.fingerprint),
+        **settings,
+    )

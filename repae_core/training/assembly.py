@@ -1,0 +1,156 @@
+"""Models, optimizers and objectives built from a training config."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repae_core.config import CompatConfig, TrainingConfig, TrainRepaeConfig
+from repae_core.diffusion import Interpolant
+from repae_core.encoders import build_encoder, encoder_dim
+from repae_core.losses import LeCamEMA, build_perceptual
+from repae_core.models import SiT, build_discriminator, build_sit, build_vae
+from repae_core.models.weights import load_module_weights
+from repae_core.training.distributed import Group
+from repae_core.training.optim import Network
+from repae_core.training.precision import autocast
+from repae_core.training.state import FlowObjective, JointObjective, JointState, LDMState
+
+
+class Encoders:
+    """The frozen vision encoders of a run: uint8 images [B,3,H,W] -> one [B,T,C_k] an encoder, fp32."""
+
+    def __init__(self, config: TrainingConfig, *, grid: int, device: torch.device) -> None:
+        weights = config.encoder_weights or (None,) * len(config.encoder)
+        self.modules = [
+            build_encoder(name, path, grid=grid, spatial_norm=config.spatial_norm).to(device)
+            for name, path in zip(config.encoder, weights, strict=True)
+        ]
+        self.device, self.mixed_precision = device, config.mixed_precision
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> list[Tensor]:
+        """Patch features of a batch."""
+        with autocast(self.device, self.mixed_precision):
+            return [module(images).float() for module in self.modules]
+
+
+def new_sit(config: TrainingConfig, *, latent_size: int, latent_channels: int, num_classes: int) -> SiT:
+    """A freshly initialised SiT of this config.
+
+    Raises:
+        ValueError: fewer classes configured than the data set has.
+    """
+    if config.num_classes is not None and config.num_classes < num_classes:
+        raise ValueError(
+            f"num_classes={config.num_classes}, but the data set has {num_classes} classes; "
+            "set num_classes to that, or none to take the data set's"
+        )
+    return build_sit(
+        config.model,
+        input_size=latent_size,
+        in_channels=latent_channels,
+        num_classes=config.num_classes or num_classes,
+        z_dims=tuple(encoder_dim(name) for name in config.encoder),
+        encoder_depth=config.encoder_depth,
+        projector_dim=config.projector_dim,
+        projector=config.projector,
+        class_dropout_prob=config.class_dropout_prob,
+        qk_norm=config.qk_norm,
+        bn_momentum=config.bn_momentum if isinstance(config, TrainRepaeConfig) else 0.1,
+    )
+
+
+def moving_average(sit: SiT) -> SiT:
+    """A frozen copy of SiT, in eval mode."""
+    return copy.deepcopy(sit).eval().requires_grad_(False)
+
+
+def train_network(module: nn.Module, config: TrainingConfig, group: Group, learning_rate: float) -> Network:
+    """The module on the group's device, wrapped, with its AdamW."""
+    module = module.to(group.device)
+    return Network(
+        module,
+        group.wrap(module),
+        learning_rate=learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        epsilon=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+        grad_scale=config.mixed_precision == "fp16",
+    )
+
+
+def new_joint_state(
+    config: TrainRepaeConfig,
+    compat: CompatConfig,
+    group: Group,
+    *,
+    seed: int,
+    latent_size: int,
+    num_classes: int,
+) -> JointState:
+    """VAE, discriminator and SiT at their initial weights, the same on every rank."""
+    torch.manual_seed(seed)
+    sit = new_sit(
+        config, latent_size=latent_size, latent_channels=config.vae.latent_channels, num_classes=num_classes
+    )
+    sit.pos_embed.requires_grad_(compat.trainable_pos_embed)
+    vae = build_vae(config.vae.architecture())
+    discriminator = build_discriminator(num_filters=config.discriminator_filters)
+    load_module_weights(vae, config.vae.weights)
+    load_module_weights(discriminator, config.discriminator_weights)
+    vae, discriminator = (m.to(memory_format=torch.channels_last) for m in (vae, discriminator))
+    trained = train_network(sit, config, group, config.learning_rate)
+    return JointState(
+        group=group,
+        sit=trained,
+        ema=moving_average(sit),
+        vae=train_network(vae, config, group, config.vae_learning_rate),
+        discriminator=train_network(discriminator, config, group, config.disc_learning_rate),
+        lecam=LeCamEMA(config.lecam_decay) if config.lecam_weight else None,
+    )
+
+
+def new_ldm_state(config: TrainingConfig, group: Group, sit: SiT) -> LDMState:
+    """SiT ready for the latent-only loop."""
+    trained = train_network(sit, config, group, config.learning_rate)
+    return LDMState(group=group, sit=trained, ema=moving_average(sit))
+
+
+def flow_settings(config: TrainingConfig) -> dict[str, Any]:
+    """Arguments of FlowObjective."""
+    return {
+        "interpolant": Interpolant(config.path),
+        "proj_coeff": config.proj_coeff,
+        "max_grad_norm": config.max_grad_norm,
+        "ema_decay": config.ema_decay,
+        "mixed_precision": config.mixed_precision,
+    }
+
+
+def flow_objective(config: TrainingConfig) -> FlowObjective:
+    """The latent-only step's settings."""
+    return FlowObjective(**flow_settings(config))
+
+
+def joint_objective(config: TrainRepaeConfig, compat: CompatConfig, device: torch.device) -> JointObjective:
+    """The joint step's settings, with the perceptual network on its device."""
+    perceptual = None
+    if config.perceptual_loss != "none" and config.perceptual_weight > 0:
+        perceptual = build_perceptual(
+            config.perceptual_loss, config.perceptual_weights or None, double_scale=compat.lpips_double_scale
+        ).to(device)
+    return JointObjective(
+        **flow_settings(config),
+        perceptual=perceptual,
+        reconstruction_loss=config.reconstruction_loss,
+        perceptual_weight=config.perceptual_weight,
+        kl_weight=config.kl_weight,
+        discriminator_weight=config.discriminator_weight,
+        discriminator_start=config.discriminator_start,
+        lecam_weight=config.lecam_weight,
+        vae_align_proj_coeff=config.vae_align_proj_coeff,
+    )

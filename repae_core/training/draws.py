@@ -1,0 +1,45 @@
+"""The random draws of a training step, as explicit inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from repae_core.diffusion import Interpolant, item_generators, rand, randn
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What a step draws: posterior and diffusion noise [B,C,h,w], time t [B] in [0,1], dropped labels [B] bool."""
+
+    posterior_noise: Tensor
+    t: Tensor
+    noise: Tensor
+    label_drop: Tensor
+
+
+def sample_draws(
+    positions: Sequence[int],
+    *,
+    seed: int,
+    stream: str,
+    latent_shape: tuple[int, int, int],
+    interpolant: Interpolant,
+    weighting: str,
+    drop_prob: float,
+    device: torch.device,
+) -> Draws:
+    """Draws of the images at these positions of the training sequence.
+
+    Each image has its own generator, a function of (seed, stream, position): draws depend neither on the
+    number of workers nor on where a run was stopped, so no generator state has to be saved.
+    """
+    generators = item_generators(seed, stream, positions)
+    posterior_noise = randn(latent_shape, generators)
+    t = interpolant.sample_time(len(generators), weighting, generators)
+    noise = randn(latent_shape, generators)
+    label_drop = rand((), generators) < drop_prob
+    return Draws(posterior_noise.to(device), t.to(device), noise.to(device), label_drop.to(device))

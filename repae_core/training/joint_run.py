@@ -1,0 +1,101 @@
+"""Joint training from shards to checkpoints: the REPA-E step inside the loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from repae_core.artifacts import Artifact
+from repae_core.config import PipelineConfig
+from repae_core.data import ImageShards, LatentStatistics, batch_indices
+from repae_core.models import KLVAE
+from repae_core.training.assembly import Encoders, joint_objective, new_joint_state
+from repae_core.training.distributed import Group
+from repae_core.training.draws import Draws
+from repae_core.training.previews import write_previews
+from repae_core.training.repae_step import repae_step, vae_warmup_step
+from repae_core.training.run import TrainingRun
+from repae_core.training.state import Batch, JointState, Metrics
+
+
+class JointRun(TrainingRun):
+    """One worker's joint training on `images`, checkpointed into `folder`."""
+
+    stage = "train-repae"
+    state: JointState
+
+    def __init__(self, config: PipelineConfig, images: ImageShards, folder: Artifact, group: Group) -> None:
+        super().__init__(config, folder, group)
+        self.section = self.joint = config.train_repae
+        self.images, self.num_items = images, len(images)
+        self.encoders = Encoders(self.joint, grid=config.token_grid("train_repae"), device=group.device)
+        self.objective = self.joint_objective = joint_objective(self.joint, config.compat, group.device)
+        self.state = new_joint_state(
+            self.joint,
+            config.compat,
+            group,
+            seed=config.seed,
+            latent_size=config.latent_size,
+            num_classes=images.num_classes,
+        )
+
+    def batch(self, indices: np.ndarray, draws: Draws, step: int) -> Batch:
+        """Images, labels, and (past the warm-up) the encoders' features."""
+        pixels = self.images.images(indices).to(self.group.device)
+        labels = torch.from_numpy(self.images.labels[indices]).to(self.group.device)
+        features = self.encoders(pixels) if step >= self.joint.vae_warmup_steps else []
+        return Batch(labels, features, images=pixels)
+
+    def step(self, index: int, item: tuple[Batch, Draws]) -> Metrics:
+        """Warm-up steps of the VAE alone, then joint steps."""
+        warmup = self.joint.vae_warmup_steps
+        if index < warmup:
+            rate = self.joint.vae_warmup_learning_rate or self.joint.vae_learning_rate
+            factor = rate / self.joint.vae_learning_rate
+            return vae_warmup_step(self.state, *item, self.joint_objective, rate_factor=factor)
+        if index == warmup:
+            self.start_latent_norm()
+        return repae_step(
+            self.state, *item, self.joint_objective, rate_factor=self.rate_factor(index - warmup)
+        )
+
+    def start_latent_norm(self) -> None:
+        """Measured statistics of the VAE's latents become the latent norm's first running statistics."""
+        count = min(self.joint.latent_stats_images, self.num_items)
+        chosen = batch_indices(self.num_items, seed=self.config.seed, images_seen=0, batch_size=count)
+        scale, bias = measure_latents(self.state.vae.module, self.images, chosen, self.group.device)
+        for sit in (self.state.sit.module, self.state.ema):
+            sit.set_latent_stats(scale=scale, bias=bias)
+
+    def preview(self, step: int) -> dict[str, str]:
+        """Reconstructions always, samples once SiT trains."""
+        if not self.group.is_main:
+            return {}
+        return write_previews(
+            self.folder,
+            step * self.joint.batch_size,
+            vae=self.state.vae.module,
+            sit=self.state.ema if step > self.joint.vae_warmup_steps else None,
+            real=self.images.images(np.arange(min(16, self.num_items))).to(self.group.device),
+            guidance=self.config.generate.guidance,
+            path=self.joint.path,
+        )
+
+    def specs(self) -> dict[str, Any]:
+        """Constructor arguments of SiT and the VAE, and the interpolant."""
+        return {"sit": self.state.sit.module.spec, "vae": self.state.vae.module.spec, "path": self.joint.path}
+
+
+@torch.no_grad()
+def measure_latents(
+    vae: KLVAE, images: ImageShards, indices: np.ndarray, device: torch.device, *, batch_size: int = 100
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per-channel (scale, bias) of sampled z over these images, float64 (system.md section 3, "Measured")."""
+    statistics = LatentStatistics(vae.latent_channels)
+    for start in range(0, len(indices), batch_size):
+        pixels = images.images(indices[start : start + batch_size]).to(device)
+        posterior = vae.encode(pixels.float() / 127.5 - 1)
+        statistics.update(posterior.mean, posterior.std)
+    return statistics.scale(), statistics.bias()

@@ -1,0 +1,107 @@
+"""Latent-only training from cached latents to checkpoints: the LDM step inside the loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from repae_core.artifacts import Artifact
+from repae_core.config import PipelineConfig, TrainingConfig
+from repae_core.data import ImageShards, LatentShards
+from repae_core.models import KLVAE
+from repae_core.training.assembly import Encoders, flow_objective, new_ldm_state, new_sit
+from repae_core.training.distributed import Group
+from repae_core.training.draws import Draws
+from repae_core.training.ldm_step import ldm_step
+from repae_core.training.previews import write_previews
+from repae_core.training.run import TrainingRun
+from repae_core.training.state import Batch, Metrics
+
+
+class LDMRun(TrainingRun):
+    """One worker's latent-only training, checkpointed into `folder`.
+
+    images: needed only where the encoders' features were not cached with the latents; vae: for previews.
+    """
+
+    stage = "train-ldm"
+
+    def __init__(
+        self,
+        config: PipelineConfig,
+        latents: LatentShards,
+        images: ImageShards | None,
+        vae: KLVAE,
+        folder: Artifact,
+        group: Group,
+    ) -> None:
+        super().__init__(config, folder, group)
+        self.section = config.train_ldm
+        self.latents, self.images, self.num_items = latents, images, len(latents)
+        self.vae = vae.to(group.device).eval()
+        self.objective = flow_objective(self.section)
+        torch.manual_seed(config.seed)
+        channels, size, _ = latents.latent_shape
+        sit = new_sit(
+            self.section, latent_size=size, latent_channels=channels, num_classes=latents.num_classes
+        )
+        sit.set_latent_stats(scale=latents.scale, bias=latents.bias)
+        grid = sit.input_size // sit.patch_size
+        cached = features_are_cached(latents, self.section, grid)
+        self.encoders = None if cached else Encoders(self.section, grid=grid, device=group.device)
+        self.state = new_ldm_state(self.section, group, sit)
+
+    def batch(self, indices: np.ndarray, draws: Draws, step: int) -> Batch:
+        """z sampled anew from the cached mean and std, labels, features (cached, or of the images)."""
+        device = self.group.device
+        mean, std = self.latents.latents(indices)
+        z = mean.to(device) + std.to(device) * draws.posterior_noise
+        labels = torch.from_numpy(self.latents.labels[indices]).to(device)
+        if self.encoders is None:
+            features = [f.to(device) for f in self.latents.features(indices)]
+        else:
+            assert self.images is not None
+            features = self.encoders(self.images.images(indices).to(device))
+        return Batch(labels, features, latents=z)
+
+    def step(self, index: int, item: tuple[Batch, Draws]) -> Metrics:
+        """One latent-only step."""
+        return ldm_step(self.state, *item, self.objective, rate_factor=self.rate_factor(index))
+
+    def preview(self, step: int) -> dict[str, str]:
+        """Samples of the moving average."""
+        if not self.group.is_main:
+            return {}
+        return write_previews(
+            self.folder,
+            step * self.section.batch_size,
+            vae=self.vae,
+            sit=self.state.ema,
+            real=torch.empty(0),
+            guidance=self.config.generate.guidance,
+            path=self.section.path,
+        )
+
+    def specs(self) -> dict[str, Any]:
+        """Constructor arguments of SiT and the VAE, and the interpolant."""
+        return {"sit": self.state.sit.module.spec, "vae": self.vae.spec, "path": self.section.path}
+
+
+def features_are_cached(latents: LatentShards, section: TrainingConfig, grid: int) -> bool:
+    """Whether the cache holds the features of the section's encoders on a grid of `grid` x `grid` tokens.
+
+    Raises:
+        ValueError: features of these encoders were cached on another grid.
+    """
+    if not section.encoder:
+        return True
+    if tuple(latents.encoders) != section.encoder:
+        return False
+    if latents.encoder_grid != grid:
+        raise ValueError(
+            f"train_ldm.model has {grid}x{grid} tokens, the cached features {latents.encoder_grid}x"
+            f"{latents.encoder_grid}; set cache_latents.encoder_grid={grid}"
+        )
+    return True

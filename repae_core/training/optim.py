@@ -1,0 +1,83 @@
+"""A trained network with its optimizer, the clipped step, and the learning-rate schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+
+
+class Network:
+    """A network that is trained: `module` holds the weights, `forward` is the call that synchronises gradients.
+
+    Under DDP only calls through `forward` reduce gradients over workers; `module` serves frozen passes.
+    `grad_scale` on: fp16 training, with a gradient scaler of its own.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        forward: Callable[..., object],
+        *,
+        learning_rate: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        epsilon: float = 1e-8,
+        weight_decay: float = 0.0,
+        grad_scale: bool = False,
+    ) -> None:
+        self.module = module
+        self.forward = forward
+        self.learning_rate = learning_rate
+        self.optimizer = torch.optim.AdamW(
+            [p for p in module.parameters() if p.requires_grad],
+            lr=learning_rate,
+            betas=betas,
+            eps=epsilon,
+            weight_decay=weight_decay,
+            foreach=True,
+        )
+        self.scaler = torch.amp.GradScaler(enabled=grad_scale)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the loss's gradient."""
+        self.scaler.scale(loss).backward()
+
+    def step(self, max_grad_norm: float, rate_factor: float = 1.0) -> Tensor:
+        """Clip to `max_grad_norm`, step at `rate_factor` times the base rate, clear; returns the norm before clipping."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate * rate_factor
+        self.scaler.unscale_(self.optimizer)
+        norm = clip_grad_norm_(self.parameters(), max_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters that the optimizer updates."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+
+@contextmanager
+def frozen(*modules: nn.Module) -> Iterator[None]:
+    """No gradients for these modules' parameters inside; gradients still pass through to the inputs."""
+    trainable = [p for m in modules for p in m.parameters() if p.requires_grad]
+    for p in trainable:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in trainable:
+            p.requires_grad_(True)
+
+
+def rate_factor(step: int, *, total_steps: int, warmup_steps: int = 0, decay_fraction: float = 0.0) -> float:
+    """Learning rate at 0-based `step` over the base rate: linear warm-up, constant, linear decay to 0 at the end."""
+    factor = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+    decay_steps = decay_fraction * total_steps
+    if decay_steps:
+        factor *= min(1.0, (total_steps - step) / decay_steps)
+    return factor

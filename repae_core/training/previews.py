@@ -1,0 +1,53 @@
+"""Pictures written while a run trains: reconstructions and samples, the same images and noise every time."""
+
+from __future__ import annotations
+
+import io
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from repae_core.artifacts import Artifact
+from repae_core.evaluation.grids import comparison_strip, image_grid
+from repae_core.generation import Generator, SamplerSettings, to_uint8
+from repae_core.models import KLVAE, SiT
+
+PREVIEW_STEPS = 20
+
+
+@torch.no_grad()
+def write_previews(
+    folder: Artifact,
+    images_seen: int,
+    *,
+    vae: KLVAE,
+    sit: SiT | None,
+    real: Tensor,
+    guidance: float,
+    path: str,
+    num_samples: int = 40,
+) -> dict[str, str]:
+    """Write `previews/<images_seen>-<picture>.png`; returns picture -> file name.
+
+    real: uint8 [N,3,H,W] to reconstruct (from the posterior mean); sit: None leaves the samples out.
+    """
+    files = {}
+    if len(real):
+        posterior = vae.encode(real.float() / 127.5 - 1)
+        strip = comparison_strip(real, to_uint8(vae.decode(posterior.mean)))
+        files["reconstructions"] = _write(folder, f"previews/{images_seen:09d}-reconstructions.png", strip)
+    if sit is not None:
+        labels = torch.arange(num_samples) % sit.num_classes
+        settings = SamplerSettings(steps=PREVIEW_STEPS, guidance=guidance, path=path)
+        samples = Generator(sit, vae, settings).sample(labels.sort().values, seed=0)
+        grid = image_grid(samples, columns=8)
+        files["samples"] = _write(folder, f"previews/{images_seen:09d}-samples.png", grid)
+    return files
+
+
+def _write(folder: Artifact, name: str, picture: Image.Image) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    folder.write_bytes(name, buffer.getvalue())
+    return name

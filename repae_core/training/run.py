@@ -1,0 +1,108 @@
+"""What joint and latent-only runs share: the position in the data, its draws, the loop."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from repae_core.artifacts import Artifact
+from repae_core.config import PipelineConfig, TrainingConfig
+from repae_core.data import batch_indices, rank_slice
+from repae_core.training.distributed import Group
+from repae_core.training.draws import Draws, sample_draws
+from repae_core.training.loop import LoopSettings, Report, TrainingLoop
+from repae_core.training.optim import rate_factor
+from repae_core.training.state import Batch, FlowObjective, LDMState, Metrics
+
+
+class TrainingRun(ABC):
+    """One worker's training, checkpointed into `folder`; subclasses say what a batch and a step are."""
+
+    stage: str
+    section: TrainingConfig
+    state: LDMState
+    objective: FlowObjective
+    num_items: int
+
+    def __init__(self, config: PipelineConfig, folder: Artifact, group: Group) -> None:
+        self.config, self.folder, self.group = config, folder, group
+
+    @abstractmethod
+    def batch(self, indices: np.ndarray, draws: Draws, step: int) -> Batch:
+        """This rank's part of a global batch."""
+
+    @abstractmethod
+    def step(self, index: int, item: tuple[Batch, Draws]) -> Metrics:
+        """One optimizer step; `index` counts from 0 over the whole run."""
+
+    @abstractmethod
+    def preview(self, step: int) -> dict[str, str]:
+        """Write pictures after `step` steps (rank 0 only); picture name -> file."""
+
+    @abstractmethod
+    def specs(self) -> dict[str, Any]:
+        """What a checkpoint needs to rebuild its models."""
+
+    def run(
+        self,
+        *,
+        report: Report,
+        guard: Callable[[], None],
+        record: dict[str, Any],
+        init_from: Artifact | None = None,
+    ) -> list[dict[str, float]]:
+        """Train to the end from the newest checkpoint, `init_from`'s, or the start; returns the history.
+
+        report: called with Progress; guard: called before each commit, raises when the lease is lost;
+        record: JSON-able values kept in every checkpoint.
+        """
+        s = self.section
+        settings = LoopSettings(
+            total_steps=s.total_steps,
+            batch_size=s.batch_size,
+            log_every=s.log_every,
+            checkpoint_every=s.checkpoint_every,
+            keep_checkpoints=s.keep_checkpoints,
+            preview_every=s.preview_every,
+        )
+        record = record | self.specs()
+        loop = TrainingLoop(self.state, self.folder, settings, record=record, report=report, guard=guard)
+        if not loop.restore() and init_from is not None:
+            loop.restore(init_from)
+        loop.run(self.batches(loop.start_step), self.step, self.preview)
+        return loop.history
+
+    def batches(self, start_step: int) -> Iterator[tuple[Batch, Draws]]:
+        """This rank's part of every global batch from a step on, with its draws."""
+        size, rank, world = self.section.batch_size, self.group.rank, self.group.world_size
+        for step in range(start_step, self.section.total_steps):
+            seen = step * size
+            chosen = batch_indices(self.num_items, seed=self.config.seed, images_seen=seen, batch_size=size)
+            draws = self.draws(rank_slice(np.arange(seen, seen + size), rank, world))
+            yield self.batch(rank_slice(chosen, rank, world), draws, step), draws
+
+    def draws(self, positions: np.ndarray) -> Draws:
+        """Random draws of the images at these positions of the training sequence."""
+        sit = self.state.sit.module
+        return sample_draws(
+            positions.tolist(),
+            seed=self.config.seed,
+            stream=self.stage,
+            latent_shape=(sit.in_channels, sit.input_size, sit.input_size),
+            interpolant=self.objective.interpolant,
+            weighting=self.section.weighting,
+            drop_prob=self.section.class_dropout_prob,
+            device=self.group.device,
+        )
+
+    def rate_factor(self, index: int) -> float:
+        """Learning rate over the base rate at a step counted from the start of SiT's training."""
+        return rate_factor(
+            index,
+            total_steps=self.section.max_steps,
+            warmup_steps=self.section.lr_warmup_steps,
+            decay_fraction=self.section.lr_decay_fraction,
+        )

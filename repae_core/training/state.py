@@ -1,0 +1,93 @@
+"""What a training step reads and changes: networks with their optimizers, EMA, objective."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from repae_core.diffusion import Interpolant
+from repae_core.losses import LeCamEMA
+from repae_core.models import SiT
+from repae_core.training.distributed import Group
+from repae_core.training.optim import Network
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This worker's part of a global batch.
+
+    images: uint8 [B,3,H,W] (joint step); latents: z [B,C,h,w] (latent-only step); labels: int64 [B];
+    features: frozen encoders' patch tokens, one [B,T,C_k] an encoder.
+    """
+
+    labels: Tensor
+    features: Sequence[Tensor]
+    images: Tensor | None = None
+    latents: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class FlowObjective:
+    """Settings of the SiT loss (system.md section 3.4)."""
+
+    interpolant: Interpolant
+    proj_coeff: float = 0.5
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.9999
+    mixed_precision: str = "no"
+
+
+@dataclass(frozen=True)
+class JointObjective(FlowObjective):
+    """Settings of the joint step's losses (system.md section 3.2-3.3).
+
+    perceptual: images in [-1,1] (a, b) -> distance [B], or None.
+    """
+
+    perceptual: nn.Module | None = None
+    reconstruction_loss: str = "l1"
+    perceptual_weight: float = 1.0
+    kl_weight: float = 1e-6
+    discriminator_weight: float = 0.1
+    discriminator_start: int = 0
+    lecam_weight: float = 0.0
+    vae_align_proj_coeff: float = 1.5
+
+
+@dataclass
+class LDMState:
+    """SiT, its moving average, and the steps it has taken (warm-up of the VAE not counted)."""
+
+    group: Group
+    sit: Network
+    ema: SiT
+    step: int = 0
+
+    def networks(self) -> dict[str, Network]:
+        """Trained networks by name."""
+        return {"sit": self.sit}
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the networks."""
+        return self.group.device
+
+
+@dataclass
+class JointState(LDMState):
+    """The joint step's three networks."""
+
+    vae: Network = field(kw_only=True)
+    discriminator: Network = field(kw_only=True)
+    lecam: LeCamEMA | None = None
+
+    def networks(self) -> dict[str, Network]:
+        """Trained networks by name."""
+        return {"sit": self.sit, "vae": self.vae, "discriminator": self.discriminator}
+
+
+Metrics = dict[str, Tensor]
+Step = Callable[[Batch], Metrics]

@@ -1,0 +1,124 @@
+"""One run of the pipeline or of a stage: its plan, record, MLflow parent, Ray session and display."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from repae_core.artifacts import Artifact, RunRecord, StageRecord, Store, new_run_id, save_run
+from repae_core.config import STAGES, PipelineConfig, stage_name
+from tasks.display import Display
+from tasks.plan import Plan, make_plan
+from tasks.ray_launch import RaySession
+from tasks.tracking import Tracker
+
+logger = logging.getLogger("repae")
+
+
+@dataclass
+class PipelineRun:
+    """What the stages of one run share; open it with `open_run`."""
+
+    config: PipelineConfig
+    store: Store
+    plan: Plan
+    record: RunRecord
+    tracker: Tracker
+    display: Display
+    session: RaySession
+    forced: set[str] = field(default_factory=set)
+
+    @property
+    def run_id(self) -> str:
+        """Name of the folder below `runs/`."""
+        return self.record.run_id
+
+    def record_stage(self, name: str, stage: StageRecord) -> None:
+        """Note a stage's state; run.json is written at every change."""
+        stages = {**self.record.stages, name: stage}
+        self.record = self.record.model_copy(update={"stages": stages})
+        save_run(self.store, self.record)
+
+    @contextlib.contextmanager
+    def log_file(self, artifact: Artifact, stage: str) -> Iterator[None]:
+        """Everything logged inside also goes to `logs/<stage>.log` of the artifact, when the block ends."""
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / f"{stage}.log"
+            handler = logging.FileHandler(path)
+            handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {self.run_id} {stage} %(message)s"))
+            logger.addHandler(handler)
+            try:
+                yield
+            finally:
+                logger.removeHandler(handler)
+                handler.close()
+                artifact.write_bytes(f"logs/driver-{self.run_id}.log", path.read_bytes())
+
+
+def forced_stages(names: Iterable[str]) -> set[str]:
+    """`--force STAGE` re-runs that stage and what follows; ValueError for an unknown stage."""
+    forced: set[str] = set()
+    for name in names:
+        forced.update(STAGES[STAGES.index(stage_name(name)) :])
+    return forced
+
+
+@contextlib.contextmanager
+def open_run(
+    config: PipelineConfig,
+    *,
+    kind: str,
+    force: Iterable[str] = (),
+    references: Mapping[str, Mapping[str, str]] | None = None,
+    prefect_flow_run_id: str | None = None,
+    display: Display | None = None,
+) -> Iterator[PipelineRun]:
+    """Check the store and the inputs, open MLflow's parent run and `run.json`; close all in the end.
+
+    Raises:
+        ValueError, StoreError, ConnectionError: bad input or an unreachable service, before any work.
+    """
+    forced = forced_stages(force)
+    store = Store(config.store, retry_seconds=config.store_retry_seconds)
+    store.check()
+    if store.url.startswith("memory:") and (config.train_repae.workers or config.train_ldm.workers):
+        raise ValueError("store: memory:// works only with train_repae.workers=0 and train_ldm.workers=0")
+    plan = make_plan(config, store, references=references)
+    run_id = new_run_id()
+    session, display = RaySession(), display or Display()
+    try:
+        tracker = Tracker(config.experiment)
+        with tracker.pipeline_run(f"{kind}-{run_id}", config.model_dump(mode="json")) as parent_id:
+            record = RunRecord(
+                run_id=run_id,
+                kind=kind,
+                created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+                status="running",
+                config=config.model_dump(mode="json"),
+                mlflow_run_id=parent_id,
+                mlflow_tracking_uri=tracker.display_uri,
+                prefect_flow_run_id=prefect_flow_run_id,
+            )
+            save_run(store, record)
+            run = PipelineRun(config, store, plan, record, tracker, display, session, forced)
+            with _status_recorded(run):
+                yield run
+    finally:
+        session.close()
+        display.close()
+
+
+@contextlib.contextmanager
+def _status_recorded(run: PipelineRun) -> Iterator[None]:
+    status = "failed"
+    try:
+        yield
+        status = "finished"
+    finally:
+        run.record = run.record.model_copy(update={"status": status})
+        save_run(run.store, run.record)

@@ -1,0 +1,207 @@
+"""Which artifact each stage of a config makes, what it reads, and why it would run: decided before any work."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import fsspec
+
+from repae_core.artifacts import Artifact, Manifest, Store, fingerprint, resolve_reference
+from repae_core.config import STAGES, PipelineConfig, content_paths, output_fields, section_name
+
+# Raised when a stage's output changes for the same config.
+VERSIONS = {
+    "preprocess": 1,
+    "train-repae": 1,
+    "extract-vae": 1,
+    "cache-latents": 1,
+    "train-ldm": 1,
+    "generate": 1,
+    "evaluate": 1,
+}
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """One stage of a config: its artifact, its inputs by role, and what its fingerprint was made from."""
+
+    name: str
+    artifact: Artifact
+    inputs: dict[str, Artifact]
+    payload: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What would happen to a stage: `skip`, `resume` or `run`, and why."""
+
+    action: str
+    reason: str
+
+
+@dataclass
+class Plan:
+    """The stages of a config in order; `skipped_over` are not needed (an external VAE replaces 2 and 3)."""
+
+    store: Store
+    stages: dict[str, PlannedStage] = field(default_factory=dict)
+    not_needed: tuple[str, ...] = ()
+
+
+def upstream(config: PipelineConfig, stage: str) -> dict[str, str]:
+    """Role -> stage name (or an artifact's URI) of what a stage reads."""
+    vae = "extract-vae" if config.cache_latents.vae == "auto" else config.cache_latents.vae
+    joint = config.generate.model == "train-repae"
+    inputs = {
+        "preprocess": {},
+        "train-repae": {"images": "preprocess"} | _init_from(config.train_repae.init_from),
+        "extract-vae": {"model": "train-repae", "images": "preprocess"},
+        "cache-latents": {"images": "preprocess", "vae": vae},
+        "train-ldm": {"latents": "cache-latents", "vae": vae}
+        | ({} if config.cache_latents.encoder == config.train_ldm.encoder else {"images": "preprocess"})
+        | _init_from(config.train_ldm.init_from),
+        "generate": {"model": config.generate.model, "vae": "extract-vae" if joint else vae},
+        "evaluate": {"samples": "generate", "images": "preprocess", "vae": "extract-vae" if joint else vae},
+    }
+    return inputs[stage]
+
+
+def make_plan(
+    config: PipelineConfig, store: Store, *, references: Mapping[str, Mapping[str, str]] | None = None
+) -> Plan:
+    """Fingerprints of every stage of a config.
+
+    references: stage -> role -> `latest`, a fingerprint prefix or a URI in place of what this config makes.
+
+    Raises:
+        ValueError: source, weights file or referenced artifact missing: one line.
+    """
+    plan = Plan(store)
+    if config.cache_latents.vae != "auto" and config.generate.model == "train-ldm":
+        plan.not_needed = ("train-repae", "extract-vae")
+    for stage in STAGES:
+        if stage in plan.not_needed:
+            continue
+        given = (references or {}).get(stage, {})
+        inputs = {
+            role: _resolve(plan, stage, role, source, given.get(role, "auto"))
+            for role, source in upstream(config, stage).items()
+        }
+        payload = _payload(config, stage, inputs)
+        plan.stages[stage] = PlannedStage(
+            stage, Artifact(store, stage, fingerprint(payload)), inputs, payload
+        )
+    return plan
+
+
+def decide(planned: PlannedStage, *, forced: bool = False) -> Decision:
+    """Skip a whole artifact made from these inputs; resume what was stopped; else run, and say what changed."""
+    manifest = planned.artifact.manifest()
+    if forced:
+        return Decision("run", "forced")
+    if manifest is not None and planned.artifact.is_whole():
+        stale = stale_input(planned, manifest.inputs)
+        return Decision("run", stale) if stale else Decision("skip", "finished")
+    if manifest is not None:
+        return Decision("run", "files are missing")
+    if planned.artifact.exists("work.json"):
+        return Decision("resume", "an earlier attempt was stopped")
+    return Decision("run", _what_changed(planned))
+
+
+def stale_input(planned: PlannedStage, recorded: Mapping[str, Any]) -> str:
+    """Why inputs differ from the recorded ones (role -> fingerprint and manifest hash); empty if they do not."""
+    for role, artifact in planned.inputs.items():
+        entry, current = recorded.get(role), artifact.manifest_sha256()
+        if entry is not None and current is not None and entry.manifest_sha256 != current:
+            return f"its input {artifact.stage}/{artifact.fingerprint} was made again"
+    return ""
+
+
+def _init_from(reference: str) -> dict[str, str]:
+    return {"init": reference} if reference else {}
+
+
+def _resolve(plan: Plan, stage: str, role: str, source: str, reference: str) -> Artifact:
+    if reference == "auto" and source in plan.stages:
+        return plan.stages[source].artifact
+    expected = {"vae": "extract-vae", "init": stage}.get(role, source)
+    return resolve_reference(plan.store, expected, source if reference == "auto" else reference)
+
+
+def _payload(config: PipelineConfig, stage: str, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
+    """What the fingerprint is made from: no URI, path, host, time or library version."""
+    section = config.section(stage)
+    values = output_fields(section)
+    hashes: dict[str, list[str]] = {}
+    for name, path in content_paths(section):
+        hashes.setdefault(name, []).append(file_sha256(path, f"{section_name(stage)}.{name}"))
+    for name, digests in hashes.items():
+        target, *rest = name.split(".")
+        if rest:
+            values[target][rest[0]] = digests
+        else:
+            values[target] = digests
+    values.pop("init_from", None)
+    if stage == "preprocess":
+        from repae_core.data.sources import open_source
+
+        values["source"] = open_source(config.preprocess.source).content_digest()
+    if stage == "cache-latents":
+        values.pop("vae")
+        if config.cache_latents.encoder:
+            values["encoder_grid"] = values["encoder_grid"] or f"patch {config.train_ldm.patch_size}"
+    if stage == "generate":
+        values["steps"] = config.generate.sampler_steps
+    if stage == "evaluate" and config.evaluate.reference != "auto":
+        values["reference"] = file_sha256(config.evaluate.reference, "evaluate.reference")
+    return {
+        "stage": stage,
+        "version": VERSIONS[stage],
+        "seed": config.seed,
+        "compat": config.compat.of_stage(stage),
+        "config": values,
+        "inputs": {role: artifact.fingerprint for role, artifact in sorted(inputs.items())},
+    }
+
+
+def file_sha256(path: str, field_name: str) -> str:
+    """sha256 of a local or remote file; ValueError naming the field when it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with fsspec.open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise ValueError(f"{field_name}: cannot read {path} ({error.strerror or error})") from None
+    return digest.hexdigest()
+
+
+def _what_changed(planned: PlannedStage) -> str:
+    newest = _newest_manifest(planned)
+    if newest is None:
+        return "never made in this store"
+    before, now = _flatten(newest.config), _flatten(planned.payload)
+    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    shown = [f"{name}: {before.get(name)} -> {now.get(name)}" for name in changed[:3]]
+    return "; ".join(shown) + (f"; and {len(changed) - 3} more" if len(changed) > 3 else "")
+
+
+def _newest_manifest(planned: PlannedStage) -> Manifest | None:
+    store, stage = planned.artifact.store, planned.name
+    manifests: Iterable[Manifest | None] = (
+        Artifact(store, stage, name).manifest() for name in store.folders(stage)
+    )
+    return max((m for m in manifests if m is not None), key=lambda m: m.finished_at, default=None)
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, Mapping):
+        flat: dict[str, Any] = {}
+        for name, nested in value.items():
+            flat |= _flatten(nested, f"{prefix}.{name}" if prefix else str(name))
+        return flat
+    return {prefix.removeprefix("config."): value}

@@ -1,0 +1,206 @@
+"""The only place that decides skip, resume or run, opens the MLflow run and commits the manifest."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version as package_version
+from typing import Any
+
+from repae_core.artifacts import Artifact, FileEntry, InputEntry, Lease, StageRecord
+from repae_core.config import Config, PipelineConfig
+from tasks.pipeline_run import PipelineRun
+from tasks.plan import VERSIONS, Decision, PlannedStage, decide, stale_input
+from tasks.tracking import StageRun
+
+logger = logging.getLogger("repae")
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """What a stage's `execute` works with."""
+
+    run: PipelineRun
+    planned: PlannedStage
+    lease: Lease
+    tracking: StageRun
+
+    @property
+    def config(self) -> PipelineConfig:
+        """The whole resolved config."""
+        return self.run.config
+
+    @property
+    def section(self) -> Config:
+        """This stage's config."""
+        return self.run.config.section(self.planned.name)
+
+    @property
+    def artifact(self) -> Artifact:
+        """The folder that the stage fills."""
+        return self.planned.artifact
+
+    @property
+    def inputs(self) -> dict[str, Artifact]:
+        """What the stage reads, by role."""
+        return self.planned.inputs
+
+    def progress(self, done: int, total: int) -> None:
+        """Images (or steps) done of all, for the progress bar."""
+        self.run.display.update(self.planned.name, done, total)
+
+
+@dataclass(frozen=True)
+class StageOutcome:
+    """What a stage hands back: a small summary, and hashes already known."""
+
+    summary: dict[str, Any]
+    known: Sequence[FileEntry] = ()
+    checkpoints: Sequence[int] = ()
+    workers: int = 0
+    scores: Mapping[str, float] = field(default_factory=dict)
+
+
+Execute = Callable[[StageContext], StageOutcome]
+
+
+def run_stage(run: PipelineRun, name: str, execute: Execute) -> dict[str, Any]:
+    """Skip, resume or run one stage; returns a reference to its artifact (small JSON).
+
+    Raises:
+        ValueError: an input artifact is missing or broken: names the command that makes it.
+        LeaseHeld: another process is making this artifact.
+    """
+    planned = run.plan.stages[name]
+    decision = decide(planned, forced=name in run.forced)
+    if decision.action == "skip":
+        return _skip(run, planned)
+    require_inputs(planned)
+    logger.info("%s: %s (%s) -> %s", name, decision.action, decision.reason, planned.artifact.uri)
+    started = time.monotonic()
+    record = StageRecord(fingerprint=planned.artifact.fingerprint, status="running", uri=planned.artifact.uri,
+                         started_at=_now())  # fmt: skip
+    run.record_stage(name, record)
+    try:
+        with _prepared(run, planned, decision) as context, run.display.stage(name):
+            outcome = execute(context)
+            _commit(context, outcome, started)
+    except BaseException as error:
+        message = " ".join(str(error).split())[:500] or type(error).__name__
+        seconds = time.monotonic() - started
+        run.record_stage(name, record.model_copy(update={"status": "failed", "message": message, "seconds": seconds}))
+        raise
+    seconds = time.monotonic() - started
+    finished = {"status": "made", "seconds": seconds, "mlflow_run_id": context.tracking.run_id,
+                "made_by_run": run.run_id, "message": decision.reason}  # fmt: skip
+    run.record_stage(name, record.model_copy(update=finished))
+    return reference(planned)
+
+
+def reference(planned: PlannedStage) -> dict[str, Any]:
+    """What Prefect passes on."""
+    return {"stage": planned.name, "fingerprint": planned.artifact.fingerprint, "uri": planned.artifact.uri}
+
+
+def require_inputs(planned: PlannedStage) -> None:
+    """Every input must be whole; ValueError naming the command that makes a missing one."""
+    for role, artifact in planned.inputs.items():
+        if not artifact.is_whole():
+            raise ValueError(
+                f"{planned.name} needs {role} {artifact.stage}/{artifact.fingerprint}, which is not in the store "
+                f"{artifact.store.url}; make it with `repae stage {artifact.stage}` and the same settings"
+            )
+
+
+def _skip(run: PipelineRun, planned: PlannedStage) -> dict[str, Any]:
+    manifest = planned.artifact.manifest()
+    assert manifest is not None
+    run.tracker.link_skipped(planned.name, manifest.mlflow_run_id, planned.artifact.uri)
+    run.record_stage(
+        planned.name,
+        StageRecord(
+            fingerprint=planned.artifact.fingerprint,
+            status="skipped",
+            uri=planned.artifact.uri,
+            started_at=manifest.started_at,
+            seconds=manifest.seconds,
+            mlflow_run_id=manifest.mlflow_run_id,
+            message="finished before",
+        ),
+    )
+    run.display.skipped(planned.name)
+    return reference(planned)
+
+
+@contextlib.contextmanager
+def _prepared(run: PipelineRun, planned: PlannedStage, decision: Decision) -> Iterator[StageContext]:
+    """Lease, a folder that holds nothing of other inputs, an MLflow run, a log file."""
+    artifact = planned.artifact
+    inputs = _input_entries(planned)
+    with Lease(artifact.store, artifact.key("lease.json")) as lease:
+        work = artifact.read_json("work.json") if artifact.exists("work.json") else None
+        if work is not None:
+            recorded = {role: InputEntry(**entry) for role, entry in work["inputs"].items()}
+            keep = decision.action == "resume" and not stale_input(planned, recorded)
+        if work is None or not keep:
+            artifact.discard(keep=("lease.json",))
+            work = None
+        resume_id = work["mlflow_run_id"] if work else None
+        with run.tracker.stage_run(planned.name, artifact, resume_id) as tracking:
+            artifact.write_json(
+                "work.json",
+                {
+                    "inputs": {role: entry.model_dump() for role, entry in inputs.items()},
+                    "mlflow_run_id": tracking.run_id,
+                    "started_at": work["started_at"] if work else _now(),
+                    "seconds": work["seconds"] if work else 0.0,
+                },
+            )
+            tracking.log_config({"seed": run.config.seed} | run.config.section(planned.name).model_dump(mode="json"))
+            tracking.log_inputs({role: a.uri for role, a in planned.inputs.items()}, artifact.uri)
+            with run.log_file(artifact, planned.name):
+                yield StageContext(run, planned, lease, tracking)
+
+
+def _commit(context: StageContext, outcome: StageOutcome, started: float) -> None:
+    planned = context.planned
+    context.tracking.log_scores(outcome.scores)
+    context.lease.check()
+    context.artifact.commit(
+        version=VERSIONS[planned.name],
+        config=planned.payload,
+        inputs=_input_entries(planned),
+        known=outcome.known,
+        exclude=("lease.json", "work.json"),
+        mlflow_run_id=context.tracking.run_id,
+        versions=versions(),
+        workers=outcome.workers,
+        started_at=context.artifact.read_json("work.json")["started_at"],
+        seconds=time.monotonic() - started,
+        summary=outcome.summary,
+        checkpoints=outcome.checkpoints,
+    )
+
+
+def _input_entries(planned: PlannedStage) -> dict[str, InputEntry]:
+    entries = {}
+    for role, artifact in planned.inputs.items():
+        digest = artifact.manifest_sha256()
+        assert digest is not None
+        entries[role] = InputEntry(stage=artifact.stage, fingerprint=artifact.fingerprint, manifest_sha256=digest)
+    return entries
+
+
+def versions() -> dict[str, str]:
+    """Versions that a manifest records (never hashed)."""
+    names = ("repae", "torch", "timm", "accelerate", "ray", "prefect", "mlflow", "numpy")
+    return {"python": platform.python_version()} | {name: package_version(name) for name in names}
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

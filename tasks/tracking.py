@@ -1,0 +1,220 @@
+"""MLflow: the only file that imports it. One parent run a pipeline run, one child a stage.
+
+The driver creates the schema and every run before any worker starts, and is the only process that writes:
+SQLite with several writers that create it at once does not survive.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from PIL import Image
+
+from repae_core.artifacts import Artifact
+from repae_core.config.environment import repae_home
+
+_SETTINGS = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING": "false",
+    "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "5",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+_BATCH_SECONDS = 3.0
+
+
+class Tracker:
+    """One pipeline run in MLflow."""
+
+    def __init__(self, experiment: str) -> None:
+        for name, value in _SETTINGS.items():
+            os.environ.setdefault(name, value)
+        import mlflow
+
+        self._mlflow = mlflow
+        home = repae_home()
+        self.uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}"
+        embedded = self.uri.startswith("sqlite:")
+        mlflow.set_tracking_uri(self.uri)
+        try:
+            self.client = mlflow.MlflowClient()
+            found = self.client.get_experiment_by_name(experiment)
+            if found is None:
+                location = (home / "mlartifacts").as_uri() if embedded else None
+                self.experiment_id = self.client.create_experiment(experiment, artifact_location=location)
+            else:
+                self.experiment_id = found.experiment_id
+        except mlflow.exceptions.MlflowException as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ConnectionError(f"MLflow at {self.display_uri}: {reason}") from None
+        self.parent_id: str | None = None
+
+    @property
+    def display_uri(self) -> str:
+        """The tracking URI without credentials."""
+        parts = urlsplit(self.uri)
+        return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+    @contextlib.contextmanager
+    def pipeline_run(self, name: str, config: Mapping[str, Any]) -> Iterator[str]:
+        """The parent run; FAILED or KILLED when left by an exception."""
+        run = self.client.create_run(self.experiment_id, run_name=name, tags={"repae.kind": "pipeline"})
+        self.parent_id = run.info.run_id
+        self.client.log_dict(self.parent_id, dict(config), "config.json")
+        with self._closing(self.parent_id):
+            yield self.parent_id
+
+    @contextlib.contextmanager
+    def stage_run(self, stage: str, artifact: Artifact, resume_id: str | None) -> Iterator[StageRun]:
+        """A stage's child run with system metrics; `resume_id` continues the run of a stopped attempt."""
+        if resume_id is None or not self._usable(resume_id):
+            tags = {"repae.kind": "stage", "repae.stage": stage, "repae.artifact": artifact.uri}
+            if self.parent_id:
+                tags["mlflow.parentRunId"] = self.parent_id
+            resume_id = self.client.create_run(self.experiment_id, run_name=stage, tags=tags).info.run_id
+        else:
+            self.client.update_run(resume_id, status="RUNNING")
+        monitor = self._system_metrics(resume_id)
+        run = StageRun(self, resume_id)
+        try:
+            with self._closing(resume_id):
+                yield run
+                run.flush()
+        finally:
+            if monitor is not None:
+                monitor.finish()
+
+    def link_skipped(self, stage: str, mlflow_run_id: str | None, uri: str) -> None:
+        """Note on the parent which earlier run made a skipped stage."""
+        if self.parent_id:
+            self.client.set_tag(self.parent_id, f"repae.skipped.{stage}", f"{mlflow_run_id or '-'} {uri}")
+
+    def summary(self, markdown: str) -> None:
+        """The parent run's description."""
+        if self.parent_id:
+            self.client.set_tag(self.parent_id, "mlflow.note.content", markdown)
+
+    def register_model(self, run_id: str, name: str, files: Mapping[str, bytes], tags: Mapping[str, str]) -> str:
+        """Upload a model's files (safetensors, JSON) to the run and register them; returns `models:/name/version`."""
+        folder = name.rpartition("-")[2]
+        for file, data in files.items():
+            self._log_bytes(run_id, data, folder, file)
+        with contextlib.suppress(self._mlflow.exceptions.MlflowException):
+            self.client.create_registered_model(name)
+        version = self.client.create_model_version(
+            name, source=f"runs:/{run_id}/{folder}", run_id=run_id, tags=dict(tags)
+        )
+        self.client.set_registered_model_alias(name, "latest-run", version.version)
+        return f"models:/{name}/{version.version}"
+
+    def _log_bytes(self, run_id: str, data: bytes, folder: str, name: str) -> None:
+        import tempfile
+        from pathlib import Path
+
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / name
+            path.write_bytes(data)
+            self.client.log_artifact(run_id, str(path), folder)
+
+    def _usable(self, run_id: str) -> bool:
+        try:
+            return self.client.get_run(run_id).info.lifecycle_stage == "active"
+        except self._mlflow.exceptions.MlflowException:
+            return False
+
+    def _system_metrics(self, run_id: str) -> Any:
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        monitor = SystemMetricsMonitor(run_id, resume_logging=True)
+        monitor.start()
+        return monitor
+
+    @contextlib.contextmanager
+    def _closing(self, run_id: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception:
+            self.client.set_terminated(run_id, "FAILED")
+            raise
+        except BaseException:
+            self.client.set_terminated(run_id, "KILLED")
+            raise
+        self.client.set_terminated(run_id, "FINISHED")
+
+
+class StageRun:
+    """A stage's MLflow run: buffered metrics against images seen, pictures, parameters, models."""
+
+    def __init__(self, tracker: Tracker, run_id: str) -> None:
+        self.tracker, self.run_id = tracker, run_id
+        self._client = tracker.client
+        self._buffer: list[Any] = []
+        self._flushed = time.monotonic()
+        self._logged = self._last_logged()
+
+    def log_config(self, config: Mapping[str, Any]) -> None:
+        """Every setting as a parameter (those not logged yet), and the whole as an artifact."""
+        from mlflow.entities import Param
+
+        known = self._client.get_run(self.run_id).data.params
+        flat = {k: str(v) for k, v in _flatten(config).items() if k not in known}
+        self._client.log_batch(self.run_id, params=[Param(k, v) for k, v in flat.items()])
+        self._client.log_dict(self.run_id, dict(config), "config.json")
+
+    def log_metrics(self, metrics: Mapping[str, float], images_seen: int) -> None:
+        """Buffered; steps that an earlier attempt has logged are dropped."""
+        from mlflow.entities import Metric
+
+        if images_seen <= self._logged:
+            return
+        self._logged = images_seen
+        now = int(time.time() * 1000)
+        self._buffer += [Metric(name, value, now, images_seen) for name, value in metrics.items()]
+        if time.monotonic() - self._flushed > _BATCH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what is buffered."""
+        for start in range(0, len(self._buffer), 1000):
+            self._client.log_batch(self.run_id, metrics=self._buffer[start : start + 1000])
+        self._buffer, self._flushed = [], time.monotonic()
+
+    def log_scores(self, scores: Mapping[str, float]) -> None:
+        """Final values, without a step."""
+        for name, value in scores.items():
+            self._client.log_metric(self.run_id, name, value)
+
+    def log_picture(self, png: bytes, name: str, images_seen: int | None = None) -> None:
+        """A PNG: one of a series over images seen, or a single file."""
+        picture = Image.open(io.BytesIO(png)).convert("RGB")
+        if images_seen is None:
+            self._client.log_image(self.run_id, picture, artifact_file=f"pictures/{name}.png")
+        else:
+            self._client.log_image(self.run_id, picture, key=name, step=images_seen)
+
+    def log_inputs(self, inputs: Mapping[str, str], output: str) -> None:
+        """URIs of what the stage read and what it writes."""
+        for role, uri in inputs.items():
+            self._client.set_tag(self.run_id, f"repae.input.{role}", uri)
+        self._client.set_tag(self.run_id, "repae.artifact", output)
+
+    def _last_logged(self) -> int:
+        history = self._client.get_metric_history(self.run_id, "images_per_second")
+        return max((m.step for m in history), default=-1)
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat

@@ -1,0 +1,31 @@
+"""Stage 2: joint training of VAE and SiT."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from tasks.pipeline_run import PipelineRun
+from tasks.stage import StageContext, StageOutcome, run_stage
+
+
+@task(name="train-repae", cache_policy=NO_CACHE)
+def train_repae(run: PipelineRun) -> dict[str, Any]:
+    """Train VAE, discriminator and SiT together (REPA-E)."""
+    return run_stage(run, "train-repae", execute)
+
+
+def execute(context: StageContext) -> StageOutcome:
+    """The stage's work."""
+    from repae_core.training.checkpoint import checkpoint_entries, committed_checkpoints
+    from tasks.training import run_training
+
+    summary = run_training(context)
+    return StageOutcome(
+        summary=summary,
+        known=checkpoint_entries(context.artifact),
+        checkpoints=committed_checkpoints(context.artifact),
+        workers=context.config.train_repae.workers,
+    )

@@ -1,0 +1,64 @@
+"""Launching a training stage: what `train-repae` and `train-ldm` share."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from repae_core.artifacts import Artifact
+from repae_core.config import TrainingConfig
+from tasks.ray_launch import launch
+from tasks.stage import StageContext
+from tasks.training_worker import artifact_reference, train_worker
+
+
+def run_training(context: StageContext) -> dict[str, Any]:
+    """Launch the workers, relay their reports to the display and MLflow; rank 0's summary."""
+    section = context.section
+    assert isinstance(section, TrainingConfig)
+    artifact = context.artifact
+    payload = {
+        "stage": context.planned.name,
+        "config": context.config.model_dump(mode="json"),
+        "store": artifact.store.url,
+        "fingerprint": artifact.fingerprint,
+        "inputs": {role: artifact_reference(a) for role, a in context.inputs.items()},
+        "owner": context.lease.owner,
+        "threads": kept_threads(artifact, section),
+    }
+    return launch(
+        train_worker,
+        payload,
+        session=context.run.session,
+        workers=section.workers,
+        cpus_per_worker=section.cpus_per_worker,
+        gpus_per_worker=section.gpus_per_worker,
+        max_failures=section.max_failures,
+        on_report=functools.partial(relay, context),
+    )
+
+
+def kept_threads(artifact: Artifact, section: TrainingConfig) -> int:
+    """Torch threads a worker: chosen at the first start and kept, because other counts round differently."""
+    if artifact.exists("threads.json"):
+        return int(artifact.read_json("threads.json")["threads"])
+    threads = section.threads or section.cpus_per_worker
+    artifact.write_json("threads.json", {"threads": threads})
+    return threads
+
+
+def relay(context: StageContext, message: dict[str, Any]) -> None:
+    """One worker report to the progress bar, MLflow's curves and its pictures."""
+    metrics, seen = message["metrics"], message["images_seen"]
+    loss = metrics.get("sit_loss", metrics.get("vae_loss"))
+    batch = seen // max(message["step"], 1)
+    context.run.display.update(
+        context.planned.name,
+        seen,
+        message["total_steps"] * batch,
+        note=f"loss {loss:.3f}" if loss is not None else "",
+    )
+    for name, file in message["previews"].items():
+        context.tracking.log_picture(context.artifact.read_bytes(file), name, seen)
+    if metrics:
+        context.tracking.log_metrics(metrics | {"images_per_second": message["images_per_second"]}, seen)

@@ -1,0 +1,94 @@
+"""What each training worker runs, under Ray Train or in this process; imports neither Prefect nor MLflow."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from repae_core.artifacts import Artifact, Store, check_lease
+
+Report = Callable[[dict[str, Any]], None]
+
+
+def train_worker(payload: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Train one stage on this worker; rank 0's summary.
+
+    payload: stage, resolved config, store URL, fingerprints of the output and of the inputs, lease owner.
+    """
+    import torch
+
+    from repae_core.config import PipelineConfig, section_name
+    from repae_core.training.distributed import open_group
+    from repae_core.training.run import TrainingRun
+
+    config = PipelineConfig.model_validate(payload["config"])
+    section: Any = getattr(config, section_name(payload["stage"]))
+    store = Store(payload["store"], retry_seconds=config.store_retry_seconds)
+    folder = Artifact(store, payload["stage"], payload["fingerprint"])
+    inputs = {role: open_artifact(reference) for role, reference in payload["inputs"].items()}
+    torch.set_num_threads(payload["threads"] or section.cpus_per_worker)
+    group = open_group(use_gpu=section.gpus_per_worker > 0)
+    with _log_file(folder, f"logs/rank{group.rank}.log"):
+        run: TrainingRun = _BUILDERS[payload["stage"]](config, inputs, folder, group)
+        history = run.run(
+            report=lambda progress: report(dataclasses.asdict(progress)),
+            guard=lambda: check_lease(store, folder.key("lease.json"), payload["owner"]),
+            record={"threads": torch.get_num_threads()},
+            init_from=inputs.get("init"),
+        )
+    if group.is_main:
+        lines = "".join(f"{json.dumps(row)}\n" for row in history)
+        folder.write_bytes("metrics.jsonl", lines.encode())
+    return {"images_seen": section.total_steps * section.batch_size, "last": history[-1] if history else {}}
+
+
+def artifact_reference(artifact: Artifact) -> dict[str, str]:
+    """What a worker needs to open an artifact."""
+    return {"store": artifact.store.url, "stage": artifact.stage, "fingerprint": artifact.fingerprint}
+
+
+def open_artifact(reference: Mapping[str, str]) -> Artifact:
+    """The artifact that `artifact_reference` described."""
+    return Artifact(Store(reference["store"]), reference["stage"], reference["fingerprint"])
+
+
+def _joint(config: Any, inputs: Mapping[str, Artifact], folder: Artifact, group: Any) -> Any:
+    from repae_core.data import ImageShards
+    from repae_core.training.joint_run import JointRun
+
+    return JointRun(config, ImageShards(inputs["images"]), folder, group)
+
+
+def _ldm(config: Any, inputs: Mapping[str, Artifact], folder: Artifact, group: Any) -> Any:
+    from repae_core.data import ImageShards, LatentShards
+    from repae_core.models.saved import load_vae
+    from repae_core.training.ldm_run import LDMRun
+
+    images = ImageShards(inputs["images"]) if "images" in inputs else None
+    return LDMRun(config, LatentShards(inputs["latents"]), images, load_vae(inputs["vae"]), folder, group)
+
+
+_BUILDERS = {"train-repae": _joint, "train-ldm": _ldm}
+
+
+@contextlib.contextmanager
+def _log_file(folder: Artifact, name: str) -> Iterator[None]:
+    """Log records of this worker, written to the artifact when the block ends, however it ends."""
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    try:
+        yield
+    except BaseException:
+        root.exception("worker stopped")
+        raise
+    finally:
+        root.removeHandler(handler)
+        folder.write_bytes(name, stream.getvalue().encode())
