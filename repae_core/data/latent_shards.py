@@ -1,0 +1,189 @@
+"""Reading latent shards: posteriors and features of any image by its number, from memory where they fit."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from repae_core.artifacts import Artifact
+from repae_core.data.latent_writer import INDEX, STATS
+
+GIB = 2**30
+_READ_THREADS = 16
+_HEADER_LENGTH = 8
+
+
+class LatentShards:
+    """Posterior mean and std, features and labels of a `cache-latents` artifact, in the order of its shards.
+
+    cache_bytes: whole tensors are held in memory, in the order mean, std, mirrored ones, features, while they fit
+    into this; the others are read row by row.
+
+    Attributes: labels int64 [N], keys (N names, those of the images), class_names, num_classes, latent_shape
+    (C, h, w), scale and bias (float64 [C]), flip (mirrored images are there), encoders (names), encoder_grid
+    (tokens a side, or None), index (what `index.json` says).
+
+    Raises:
+        ValueError: the artifact holds no latents.
+    """
+
+    def __init__(self, artifact: Artifact, *, cache_bytes: int = 2 * GIB) -> None:
+        if not artifact.exists(INDEX) or not artifact.exists(STATS):
+            raise ValueError(f"{artifact.uri} holds no latents; make them with `repae stage cache-latents`")
+        self.artifact = artifact
+        self.index: dict[str, Any] = artifact.read_json(INDEX)
+        stats = artifact.read_json(STATS)
+        self.scale = torch.tensor(stats["scale"], dtype=torch.float64)
+        self.bias = torch.tensor(stats["bias"], dtype=torch.float64)
+        self.class_names: list[str] = self.index["class_names"]
+        self.num_classes: int = self.index["num_classes"]
+        self.latent_shape: tuple[int, int, int] = tuple(self.index["latent_shape"])
+        self.flip: bool = self.index["flip"]
+        self.encoders: tuple[str, ...] = tuple(self.index["encoders"])
+        self.encoder_grid: int | None = self.index["encoder_grid"]
+        shards = self.index["shards"]
+        with ThreadPoolExecutor(_READ_THREADS) as pool:
+            sidecars = list(pool.map(artifact.read_json, [shard["sidecar"] for shard in shards]))
+        self.keys: list[str] = [key for sidecar in sidecars for key in sidecar["keys"]]
+        self.labels = np.concatenate([np.asarray(sidecar["labels"], dtype=np.int64) for sidecar in sidecars])
+        self._files = [_TensorFile(artifact, shard["file"]["name"]) for shard in shards]
+        self._starts = np.cumsum([0] + [len(sidecar["keys"]) for sidecar in sidecars])
+        self._memory: dict[str, _InMemory] = {}
+        self._plan_memory(cache_bytes)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def latents(self, indices: np.ndarray, flip_mask: np.ndarray | Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Posterior (mean, std) float32 [B, C, h, w]; of the mirrored image where `flip_mask` (bool [B]) says so.
+
+        Raises:
+            ValueError: mirrored latents are asked for and were not cached.
+        """
+        return self._rows("mean", "mean_flip", indices, flip_mask), self._rows("std", "std_flip", indices, flip_mask)
+
+    def features(self, indices: np.ndarray, flip_mask: np.ndarray | Tensor | None = None) -> list[Tensor]:
+        """Cached features float32 [B, T, C], one an encoder; [] when none were cached.
+
+        Raises:
+            ValueError: those of mirrored images are asked for and were not cached.
+        """
+        return [
+            self._rows(f"features.{i}", f"features_flip.{i}", indices, flip_mask) for i in range(len(self.encoders))
+        ]
+
+    def require_same_images(self, keys: Sequence[str], labels: np.ndarray) -> None:
+        """Before images are joined with latents by their number.
+
+        Raises:
+            ValueError: other keys, or another label of a key; names the first.
+        """
+        if len(keys) != len(self):
+            raise ValueError(
+                f"{self.artifact.uri} holds {len(self)} latents for {len(keys)} images: made of other images"
+            )
+        for i, (ours, theirs) in enumerate(zip(self.keys, keys, strict=True)):
+            if ours != theirs or self.labels[i] != labels[i]:
+                raise ValueError(
+                    f"{self.artifact.uri}: latent {i} is of image {ours} with label {self.labels[i]}, but image {i} is "
+                    f"{theirs} with label {labels[i]}; the latents were made of other images"
+                )
+
+    def _rows(self, name: str, mirrored: str, indices: np.ndarray, flip_mask: np.ndarray | Tensor | None) -> Tensor:
+        indices = np.asarray(indices)
+        rows = self._gather(name, indices)
+        flips = np.flatnonzero(np.asarray(flip_mask)) if flip_mask is not None else ()
+        if len(flips):
+            if not self.flip:
+                raise ValueError(f"{self.artifact.uri} holds no mirrored images; set cache_latents.flip=true")
+            rows[torch.from_numpy(flips)] = self._gather(mirrored, indices[flips])
+        return rows.float()
+
+    def _gather(self, name: str, indices: np.ndarray) -> Tensor:
+        """Stored rows [B, ...] of one tensor; a new tensor."""
+        shards = np.searchsorted(self._starts, indices, side="right") - 1
+        if name in self._memory:
+            return self._memory[name].rows(indices, shards, self._read_shard)
+        rows = zip(shards.tolist(), (indices - self._starts[shards]).tolist(), strict=True)
+        return torch.cat([self._files[shard].read(name, row, row + 1) for shard, row in rows])
+
+    def _read_shard(self, name: str, shard: int) -> tuple[int, Tensor]:
+        start, stop = int(self._starts[shard]), int(self._starts[shard + 1])
+        return start, self._files[shard].read(name, 0, stop - start)
+
+    def _plan_memory(self, budget: int) -> None:
+        tensors: dict[str, tuple[list[int], str]] = self.index["tensors"]
+        order = ["mean", "std", "mean_flip", "std_flip", *sorted(n for n in tensors if n.startswith("features"))]
+        for name in (name for name in order if name in tensors):
+            shape, dtype = tensors[name]
+            size = len(self) * math.prod(shape) * getattr(torch, dtype).itemsize
+            if size <= budget:
+                budget -= size
+                self._memory[name] = _InMemory(name, len(self), shape, getattr(torch, dtype), len(self._files))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Another process (a loader worker) starts with an empty memory of its own.
+        return self.__dict__ | {"_memory": {name: memory.empty() for name, memory in self._memory.items()}}
+
+
+class _InMemory:
+    """One tensor over all shards, filled a shard at a time when first asked for."""
+
+    def __init__(self, name: str, count: int, shape: Sequence[int], dtype: torch.dtype, shards: int) -> None:
+        self._spec = (name, count, list(shape), dtype, shards)
+        self._name = name
+        self._values: Tensor | None = None
+        self._filled = np.zeros(shards, dtype=bool)
+
+    def empty(self) -> _InMemory:
+        return _InMemory(*self._spec)
+
+    def rows(self, indices: np.ndarray, shards: np.ndarray, read: Callable[[str, int], tuple[int, Tensor]]) -> Tensor:
+        if self._values is None:
+            _, count, shape, dtype, _ = self._spec
+            self._values = torch.empty((count, *shape), dtype=dtype)
+        for shard in np.unique(shards[~self._filled[shards]]):
+            start, values = read(self._name, int(shard))
+            self._values[start : start + len(values)] = values
+            self._filled[shard] = True
+        return self._values[torch.from_numpy(indices)]
+
+
+class _TensorFile:
+    """Rows of the tensors in one safetensors file, by byte ranges: the same for local and remote stores."""
+
+    def __init__(self, artifact: Artifact, name: str) -> None:
+        self._artifact, self._key = artifact, artifact.key(name)
+        self._header: dict[str, Any] | None = None
+        self._data = 0
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of one tensor."""
+        if self._header is None:
+            self._read_header()
+        assert self._header is not None
+        entry = self._header[name]
+        shape, dtype = entry["shape"], _DTYPES[entry["dtype"]]
+        row = math.prod(shape[1:]) * dtype.itemsize
+        first = self._data + entry["data_offsets"][0] + start * row
+        blob = self._artifact.store.read_range(self._key, first, (stop - start) * row)
+        if len(blob) != (stop - start) * row:
+            raise ValueError(f"{self._artifact.store.uri(self._key)} is shorter than its header says")
+        return torch.frombuffer(bytearray(blob), dtype=dtype).view(stop - start, *shape[1:])
+
+    def _read_header(self) -> None:
+        store = self._artifact.store
+        (length,) = struct.unpack("<Q", store.read_range(self._key, 0, _HEADER_LENGTH))
+        self._data = _HEADER_LENGTH + length
+        self._header = json.loads(store.read_range(self._key, _HEADER_LENGTH, length))
+
+
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}

@@ -1,0 +1,211 @@
+import json
+import os
+import pickle
+import subprocess
+import sys
+
+import fsspec
+import numpy as np
+import pytest
+from PIL import Image
+
+from repae_core.data import folder_source
+from repae_core.data.sources import Skipped, open_source
+
+
+def write_image(path, shade=100, size=(12, 10)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (shade, shade, shade)).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes with three images, one file that is none, and names that do not count."""
+    for number, name in enumerate(["b/2.png", "a/x.jpg", "b/1.JPEG"]):
+        write_image(tmp_path / name, shade=50 * number)
+    (tmp_path / "b" / "readme.txt").write_text("hello")
+    (tmp_path / ".DS_Store").write_text("x")
+    (tmp_path / "b" / "._2.png").write_text("x")
+    return tmp_path
+
+
+def labelled(path, labels, images=("0.png", "1.png", "sub/2.png")):
+    for number, name in enumerate(images):
+        write_image(path / name, shade=number)
+    (path / "dataset.json").write_text(json.dumps({"labels": labels}))
+    return path
+
+
+def test_class_folders_are_numbered_by_sorted_name(folder):
+    source = open_source(str(folder))
+    assert source.kind == "class-folders"
+    assert source.class_names == ["a", "b"]
+    assert [(item.name, item.label) for item in source.items] == [("a/x.jpg", 0), ("b/1.JPEG", 1), ("b/2.png", 1)]
+    assert [item.size for item in source.items] == [(folder / item.name).stat().st_size for item in source.items]
+    assert source.skipped == [Skipped("b/readme.txt", "not an image file (suffix .txt)", failure=False)]
+    assert np.asarray(source.read(source.items[2])).mean() == 0
+
+
+def test_remote_listing_equals_the_local_one(folder):
+    fs = fsspec.filesystem("memory")
+    fs.put(str(folder), "/listing", recursive=True)
+    local, remote = open_source(str(folder)), open_source("memory://listing")
+    assert remote.items == local.items
+    assert remote.skipped == local.skipped
+    assert remote.content_digest() == local.content_digest()
+    assert remote.read(remote.items[0]).size == (12, 10)
+    fs.rm("/listing", recursive=True)
+
+
+def test_links_are_followed_and_loops_end(folder, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    write_image(elsewhere / "linked" / "y.png")
+    os.symlink(elsewhere / "linked", folder / "c")
+    os.symlink(elsewhere / "linked" / "y.png", folder / "a" / "y.png")
+    os.symlink("nowhere", folder / "a" / "z.png")
+    os.symlink(folder, folder / "a" / "loop")
+    source = open_source(str(folder))
+    assert source.class_names == ["a", "b", "c"]
+    sizes = {item.name: item.size for item in source.items}
+    assert sizes["c/y.png"] == sizes["a/y.png"] > 0
+    assert sizes["a/z.png"] == 0
+    assert len(sizes) == 6
+
+
+def test_folders_in_a_class_belong_to_it(tmp_path):
+    write_image(tmp_path / "dog" / "small" / "1.png")
+    assert open_source(str(tmp_path)).items[0][:2] == ("dog/small/1.png", 0)
+
+
+def test_relative_path_and_home(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    assert len(open_source(folder.name).items) == 3
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert len(open_source(f"~/{folder.name}").items) == 3
+
+
+def test_class_folder_without_images_is_a_counted_failure(folder):
+    (folder / "aa").mkdir()
+    (folder / "aa" / "notes.txt").write_text("x")
+    source = open_source(str(folder))
+    assert source.class_names == ["a", "aa", "b"]
+    assert Skipped("aa/", "class folder without images") in source.skipped
+
+
+def test_labelled_folder(tmp_path):
+    source = open_source(str(labelled(tmp_path, [["1.png", 4], ["sub\\2.png", 0], ["0.png", 1]])))
+    assert source.kind == "labelled-folder"
+    assert source.class_names == ["0", "1", "2", "3", "4"]
+    assert [(item.name, item.label) for item in source.items] == [("0.png", 1), ("1.png", 4), ("sub/2.png", 0)]
+    assert source.skipped == []
+
+
+def test_label_without_image_and_image_without_label(tmp_path):
+    labelled(tmp_path, [["0.png", 1], ["0.png", 1], ["gone.png", 0]], images=("0.png", "1.png"))
+    (tmp_path / "notes.txt").write_text("x")
+    source = open_source(str(tmp_path))
+    assert [item.name for item in source.items] == ["0.png"]
+    assert source.skipped == [
+        Skipped("1.png", "no label in dataset.json"),
+        Skipped("gone.png", "named in dataset.json but not there"),
+        Skipped("notes.txt", "not an image file (suffix .txt)", failure=False),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([["0.png", -1]], r'\["0.png", -1\] is not'),
+        ([["0.png", "cat"]], "is not"),
+        ([["0.png", True]], "is not"),
+        ([["0.png"]], "is not"),
+        ([["0.png", 1], ["0.png", 2]], "0.png has two labels, 1 and 2"),
+        (None, "must be JSON of the form"),
+    ],
+)
+def test_bad_labels(tmp_path, labels, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        open_source(str(labelled(tmp_path, labels)))
+    assert "\n" not in str(caught.value)
+
+
+def test_labels_that_are_no_json(tmp_path):
+    (tmp_path / "dataset.json").write_text("{")
+    with pytest.raises(ValueError, match="must be JSON of the form"):
+        open_source(str(tmp_path))
+
+
+def test_errors_before_any_work(tmp_path):
+    def refused(source, message):
+        with pytest.raises(ValueError, match=message) as caught:
+            open_source(str(source))
+        assert "\n" not in str(caught.value)
+        assert "preprocess.source" in str(caught.value)
+
+    refused(tmp_path / "nowhere", "does not exist; expected one folder per class")
+    refused(tmp_path, "no images found in .*expected one folder per class")
+    (tmp_path / "notes.txt").write_text("x")
+    refused(tmp_path / "notes.txt", "is a file, not a folder")
+    refused("memory://nothing-here", "does not exist")
+    refused("nosuchprotocol://bucket", "cannot be opened: Protocol not known")
+    (tmp_path / "class").mkdir()
+    refused(tmp_path, "no images found")
+    write_image(tmp_path / "class" / "a.png")
+    write_image(tmp_path / "loose.png")
+    refused(tmp_path, r"images outside class folders \(loose.png, 1 in all\); expected one folder per class")
+
+
+def test_digest_follows_content_and_not_place_or_time(folder, tmp_path_factory):
+    digest = open_source(str(folder)).content_digest()
+    copy = tmp_path_factory.mktemp("copy") / "other-name"
+    fsspec.filesystem("file").put(str(folder), str(copy), recursive=True)
+    os.utime(copy / "a" / "x.jpg", (0, 0))
+    (copy / ".hidden").write_text("x")
+    assert open_source(str(copy)).content_digest() == digest
+    json.dumps(digest)
+    changed = bytearray((copy / "b" / "2.png").read_bytes())
+    changed[-20] ^= 1
+    (copy / "b" / "2.png").write_bytes(changed)
+    assert open_source(str(copy)).content_digest() != digest
+
+
+def test_digest_follows_names_labels_and_skipped_files(folder):
+    digests = [open_source(str(folder)).content_digest()]
+    (folder / "b" / "more.txt").write_text("x")
+    digests.append(open_source(str(folder)).content_digest())
+    (folder / "b" / "1.JPEG").rename(folder / "b" / "3.JPEG")
+    digests.append(open_source(str(folder)).content_digest())
+    (folder / "b").rename(folder / "bb")
+    digests.append(open_source(str(folder)).content_digest())
+    assert len({json.dumps(digest) for digest in digests}) == 4
+
+
+def test_beyond_the_limit_the_time_of_change_counts(folder, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(folder_source, "HASHED_BYTES", (folder / "a" / "x.jpg").stat().st_size)
+    digest = open_source(str(folder)).content_digest()
+    assert "the first 1 files are hashed by content, the other 2 by etag or time of change" in caplog.text
+    os.utime(folder / "a" / "x.jpg", (0, 0))
+    assert open_source(str(folder)).content_digest() == digest
+    os.utime(folder / "b" / "1.JPEG", (0, 0))
+    assert open_source(str(folder)).content_digest() != digest
+
+
+def test_opened_source_travels_light(folder):
+    source = open_source(str(folder))
+    source.read(source.items[0])
+    again = pickle.loads(pickle.dumps(source.reader))
+    assert len(pickle.dumps(source.reader)) < 1000
+    assert again.read("a/x.jpg").size == (12, 10)
+
+
+def test_listing_loads_no_torch(folder):
+    code = f"""
+import sys
+from repae_core.data.sources import open_source
+from repae_core.data import batch_indices
+open_source({str(folder)!r}).content_digest()
+batch_indices(4, seed=0, images_seen=0, batch_size=2)
+assert "torch" not in sys.modules and "webdataset" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
