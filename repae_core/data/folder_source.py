@@ -15,7 +15,8 @@ from typing import Any
 import fsspec
 from PIL import Image, UnidentifiedImageError
 
-from repae_core.data.sources import ImageSource, Skipped, SourceItem
+from repae_core.data.crop import DECODING_ERRORS
+from repae_core.data.sources import BadImageError, ImageSource, Skipped, SourceItem
 
 logger = logging.getLogger(__name__)
 
@@ -46,14 +47,25 @@ class FolderReader:
         return fs.cat_file(f"{root}/{name}")
 
     def read(self, name: str) -> Image.Image:
-        """One picture; UnidentifiedImageError (an OSError) when the file is empty or no image."""
-        data = self.read_bytes(name)
+        """One picture; see ImageReader."""
+        try:
+            data = self.read_bytes(name)
+        except FileNotFoundError:
+            raise BadImageError("file not found") from None
+        except PermissionError:
+            raise BadImageError("permission denied") from None
+        except OSError as error:
+            if is_local(self.filesystem()[0]) and error.strerror:
+                raise BadImageError(error.strerror) from None
+            raise OSError(f"{self.url}/{name} cannot be read: {error}") from error
         if not data:
-            raise UnidentifiedImageError("the file is empty")
+            raise BadImageError("the file is empty")
         try:
             return Image.open(io.BytesIO(data))
         except UnidentifiedImageError:
-            raise UnidentifiedImageError("not an image, or damaged at its start") from None
+            raise BadImageError("not an image, or damaged at its start") from None
+        except DECODING_ERRORS as error:
+            raise BadImageError(str(error)) from None
 
     def digest(self, items: Sequence[SourceItem]) -> dict[str, Any]:
         """sha256 over one line a file: name, label, bytes, and its content's sha256 or, past the limit, its etag."""
@@ -113,7 +125,7 @@ def open_folder(source: str) -> ImageSource:
 
 def _list(fs: Any, root: str) -> Iterator[tuple[str, int]]:
     """(relative name, bytes) of all files; (name + "/", 0) of the direct subfolders."""
-    if "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)):
+    if is_local(fs):
         yield from _list_local(root)
         return
     for path, info in fs.find(root, detail=True).items():
@@ -122,6 +134,11 @@ def _list(fs: Any, root: str) -> Iterator[tuple[str, int]]:
             yield name, int(info["size"] or 0)
             if "/" in name:
                 yield name.split("/")[0] + "/", 0
+
+
+def is_local(fs: Any) -> bool:
+    """Whether a filesystem is this machine's."""
+    return "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
 
 
 def _list_local(root: str) -> Iterator[tuple[str, int]]:

@@ -21,8 +21,8 @@ import numpy as np
 from PIL import Image
 
 from repae_core.artifacts import Artifact, FileEntry
-from repae_core.data.crop import center_crop
-from repae_core.data.sources import ImageReader, ImageSource, Skipped, SourceItem
+from repae_core.data.crop import DECODING_ERRORS, center_crop
+from repae_core.data.sources import BadImageError, ImageReader, ImageSource, Skipped, SourceItem
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,6 @@ INDEX = "index.json"
 SKIPPED = "skipped.jsonl"
 ENCODINGS = ("png",)
 _TAR_BLOCK = 512
-_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
 
 
 class Sample(NamedTuple):
@@ -94,12 +93,14 @@ def write_shard(
     from webdataset import TarWriter
 
     columns = _Columns()
-    with artifact.writer(shard_name(k)) as stream:
-        tar = TarWriter(stream, user="", group="", mtime=0, encoder=False)
+    with (
+        artifact.writer(shard_name(k)) as stream,
+        TarWriter(stream, user="", group="", mtime=0, encoder=False) as tar,
+    ):
         for sample in samples:
             try:
-                pixels = center_crop(reader.read(sample.item.name), resolution)
-            except _UNREADABLE as error:
+                pixels = _read_crop(reader, sample.item.name, resolution)
+            except BadImageError as error:
                 columns.skip(sample, error)
                 check_failures(columns.skipped, max_failures)
                 continue
@@ -109,11 +110,18 @@ def write_shard(
             # TarWriter writes members sorted by suffix, so the image is last, padded to whole blocks.
             offset = tar.tarstream.offset - -(-len(blob) // _TAR_BLOCK) * _TAR_BLOCK
             columns.add(sample, pixels, offset, len(blob))
-        tar.close()
     entry = FileEntry(name=shard_name(k), bytes=stream.bytes, sha256=stream.sha256)
     sidecar = {"tar": entry.model_dump()} | columns.to_json()
     artifact.write_json(sidecar_name(k), sidecar)
     return sidecar
+
+
+def _read_crop(reader: ImageReader, name: str, resolution: int) -> np.ndarray:
+    image = reader.read(name)
+    try:
+        return center_crop(image, resolution)
+    except DECODING_ERRORS as error:
+        raise BadImageError(" ".join(str(error).split())[:200] or type(error).__name__) from None
 
 
 class _Columns:
@@ -129,10 +137,9 @@ class _Columns:
         values = pixels.reshape(-1, 3).astype(np.int64)
         self.sums += values.sum(axis=0), (values * values).sum(axis=0)
 
-    def skip(self, sample: Sample, error: BaseException) -> None:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        logger.warning("skipped %s: %s", sample.item.name, reason)
-        self.skipped.append(Skipped(sample.item.name, reason))
+    def skip(self, sample: Sample, error: BadImageError) -> None:
+        logger.warning("skipped %s: %s", sample.item.name, error)
+        self.skipped.append(Skipped(sample.item.name, str(error)))
 
     def to_json(self) -> dict[str, Any]:
         keys, names, labels, offsets, sizes = zip(*self.rows, strict=True) if self.rows else ((),) * 5

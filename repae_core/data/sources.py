@@ -30,11 +30,15 @@ class Skipped(NamedTuple):
     failure: bool = True
 
 
+class BadImageError(ValueError):
+    """A file that gives no picture: the reason, without the place of the source (it enters the artifact)."""
+
+
 class ImageReader(Protocol):
     """How one kind of source is read; small and picklable, for it travels to worker processes."""
 
     def read(self, name: str) -> Image.Image:
-        """The picture of that name. OSError, ValueError or Image.DecompressionBombError if it gives none."""
+        """The picture of that name, opened. BadImageError if it gives none; OSError if the store cannot be reached."""
         ...
 
     def digest(self, items: Sequence[SourceItem]) -> dict[str, Any]:
@@ -56,7 +60,8 @@ class ImageSource:
         """One picture, opened and not yet decoded.
 
         Raises:
-            OSError, ValueError, Image.DecompressionBombError: the file gives no picture; the message says why.
+            BadImageError: the file gives no picture; says why.
+            OSError: a remote source cannot be reached; the file may be sound.
         """
         return self.reader.read(item.name)
 

@@ -35,6 +35,7 @@ def test_exif_orientation_is_applied():
     assert (np.asarray(upright)[:, :10] == 0).all()
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_damaged_exif_counts_as_none():
     image = stored(Image.new("RGB", (8, 4), (1, 2, 3)), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff garbage")
     assert to_rgb(image).size == (8, 4)

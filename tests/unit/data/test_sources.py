@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from repae_core.data import folder_source
-from repae_core.data.sources import Skipped, open_source
+from repae_core.data.sources import BadImageError, Skipped, open_source
+from repae_core.digits.data import load_digits
 
 
 def write_image(path, shade=100, size=(12, 10)):
@@ -191,6 +192,32 @@ def test_beyond_the_limit_the_time_of_change_counts(folder, monkeypatch, caplog)
     assert open_source(str(folder)).content_digest() != digest
 
 
+def test_a_remote_store_out_of_reach_is_no_bad_image(folder, monkeypatch):
+    fs = fsspec.filesystem("memory")
+    fs.put(str(folder), "/reach", recursive=True)
+    source = open_source("memory://reach")
+
+    def unreachable(*_, **__):
+        raise ConnectionError("connection reset")
+
+    monkeypatch.setattr(type(fs), "cat_file", unreachable)
+    with pytest.raises(OSError, match="a/x.jpg cannot be read: connection reset"):
+        source.read(source.items[0])
+    monkeypatch.undo()
+    fs.rm("/reach/a/x.jpg")
+    with pytest.raises(BadImageError, match="file not found"):
+        source.read(source.items[0])
+    fs.rm("/reach", recursive=True)
+
+
+def test_reasons_do_not_hold_the_place_of_the_source(folder):
+    source = open_source(str(folder))
+    (folder / "a" / "x.jpg").unlink()
+    (folder / "a" / "x.jpg").mkdir()
+    with pytest.raises(BadImageError, match="^Is a directory$"):
+        source.read(source.items[0])
+
+
 def test_opened_source_travels_light(folder):
     source = open_source(str(folder))
     source.read(source.items[0])
@@ -199,12 +226,26 @@ def test_opened_source_travels_light(folder):
     assert again.read("a/x.jpg").size == (12, 10)
 
 
+def test_digits():
+    source = open_source("digits")
+    assert len(source.items) == 5000
+    assert source.class_names == [str(digit) for digit in range(10)]
+    assert source.items == sorted(source.items)
+    images, labels = load_digits()
+    assert [item.label for item in source.items] == labels.tolist()
+    assert np.array_equal(np.asarray(source.read(source.items[1234])), images[1234])
+    assert source.content_digest() == open_source("digits").content_digest()
+    assert len(pickle.dumps(source.reader)) < 1000
+    assert np.array_equal(np.asarray(pickle.loads(pickle.dumps(source.reader)).read("04999")), images[4999])
+
+
 def test_listing_loads_no_torch(folder):
     code = f"""
 import sys
 from repae_core.data.sources import open_source
 from repae_core.data import batch_indices
 open_source({str(folder)!r}).content_digest()
+open_source("digits").content_digest()
 batch_indices(4, seed=0, images_seen=0, batch_size=2)
 assert "torch" not in sys.modules and "webdataset" not in sys.modules
 """
