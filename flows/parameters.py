@@ -11,7 +11,8 @@ from repae_core.config import PipelineConfig, load_config, preset_names, resolve
 from repae_core.config.environment import store_url
 
 Preset = Annotated[
-    str, Field(description="Preset (or the path of a saved config)", json_schema_extra={"enum": list(preset_names())})
+    str,
+    Field(description="Preset (or the path of a saved config)", json_schema_extra={"enum": list(preset_names())}),
 ]
 
 

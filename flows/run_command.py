@@ -25,9 +25,7 @@ def run_pipeline(preset: str, sets: Sequence[str], store: str, force: Sequence[s
     show_result(config, result["run_id"])
 
 
-def run_one_stage(
-    name: str, preset: str, sets: Sequence[str], store: str, inputs: str, force: bool
-) -> None:
+def run_one_stage(name: str, preset: str, sets: Sequence[str], store: str, inputs: str, force: bool) -> None:
     """One stage as its Prefect flow."""
     stage = stage_name(name)
     config = resolved(preset, sets, store)
@@ -58,7 +56,9 @@ def check_before_start(config: PipelineConfig, force: Sequence[str], only: str |
     plan = make_plan(config, store)
     if only is not None:
         if only not in plan.stages:
-            raise ValueError(f"{only} is not part of this config: cache_latents.vae={config.cache_latents.vae!r} replaces it")
+            raise ValueError(
+                f"{only} is not part of this config: cache_latents.vae={config.cache_latents.vae!r} replaces it"
+            )
         planned = plan.stages[only]
         if decide(planned, forced=only in forced).action != "skip":
             require_inputs(planned)

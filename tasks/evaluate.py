@@ -19,8 +19,9 @@ def evaluate(run: PipelineRun) -> dict[str, Any]:
 
 def execute(context: StageContext) -> StageOutcome:
     """The stage's work."""
+    from repae_core.stages.evaluate import evaluate_samples
+
     from repae_core.data import ImageShards
-    from repae_core.generation.evaluate import evaluate_samples
 
     config, section = context.config, context.config.evaluate
     metrics = evaluate_samples(

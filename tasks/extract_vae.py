@@ -20,7 +20,7 @@ def extract_vae(run: PipelineRun) -> dict[str, Any]:
 def execute(context: StageContext) -> StageOutcome:
     """The stage's work; the VAE becomes a registered model version."""
     from repae_core.data import ImageShards
-    from repae_core.generation.extract import extract_vae
+    from repae_core.stages.extract_vae import extract_vae
 
     section = context.config.extract_vae
     summary = extract_vae(

@@ -19,8 +19,8 @@ def generate(run: PipelineRun) -> dict[str, Any]:
 
 def execute(context: StageContext) -> StageOutcome:
     """The stage's work."""
-    from repae_core.generation.images import generate_images
     from repae_core.generation.load import build_generator
+    from repae_core.stages.generate import generate_images
 
     config, section = context.config, context.config.generate
     generator = build_generator(

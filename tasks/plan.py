@@ -91,9 +91,7 @@ def make_plan(
             for role, source in upstream(config, stage).items()
         }
         payload = _payload(config, stage, inputs)
-        plan.stages[stage] = PlannedStage(
-            stage, Artifact(store, stage, fingerprint(payload)), inputs, payload
-        )
+        plan.stages[stage] = PlannedStage(stage, Artifact(store, stage, fingerprint(payload)), inputs, payload)
     return plan
 
 
@@ -192,9 +190,7 @@ def _what_changed(planned: PlannedStage) -> str:
 
 def _newest_manifest(planned: PlannedStage) -> Manifest | None:
     store, stage = planned.artifact.store, planned.name
-    manifests: Iterable[Manifest | None] = (
-        Artifact(store, stage, name).manifest() for name in store.folders(stage)
-    )
+    manifests: Iterable[Manifest | None] = (Artifact(store, stage, name).manifest() for name in store.folders(stage))
     return max((m for m in manifests if m is not None), key=lambda m: m.finished_at, default=None)
 
 

@@ -21,7 +21,7 @@ def execute(context: StageContext) -> StageOutcome:
     """The stage's work; the moving average becomes a registered model version."""
     import json
 
-    from repae_core.training.checkpoint import (
+    from repae_core.artifacts.checkpoints import (
         FOLDER,
         checkpoint_entries,
         committed_checkpoints,

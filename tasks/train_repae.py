@@ -19,7 +19,7 @@ def train_repae(run: PipelineRun) -> dict[str, Any]:
 
 def execute(context: StageContext) -> StageOutcome:
     """The stage's work."""
-    from repae_core.training.checkpoint import checkpoint_entries, committed_checkpoints
+    from repae_core.artifacts.checkpoints import checkpoint_entries, committed_checkpoints
     from tasks.training import run_training
 
     summary = run_training(context)

@@ -10,10 +10,9 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from repae_core.artifacts import Artifact, Store
+from repae_core.artifacts.checkpoints import FOLDER, read_record, resolve_checkpoint
 from repae_core.generation.generator import Generator, SamplerSettings
 from repae_core.models import KLVAE, SiT, build_vae
-
-CHECKPOINTS = "checkpoints"
 
 
 def open_artifact_uri(uri: str | Path) -> Artifact:
@@ -42,12 +41,11 @@ def load_latent_stats(artifact: Artifact) -> tuple[Tensor, Tensor]:
 
 def load_sit(artifact: Artifact, checkpoint: str = "last", weights: str = "ema") -> tuple[SiT, dict[str, Any]]:
     """SiT of a training artifact (`ema` or `raw` weights) and its checkpoint's record."""
-    from repae_core.training.checkpoint import read_record, read_weights, resolve_checkpoint
-
     images_seen = resolve_checkpoint(artifact, checkpoint)
     record = read_record(artifact, images_seen)
     sit = SiT(**record["sit"])
-    sit.load_state_dict(read_weights(artifact, images_seen, "ema" if weights == "ema" else "sit"))
+    name = "ema" if weights == "ema" else "sit"
+    sit.load_state_dict(load_safetensors(artifact.read_bytes(f"{FOLDER}/{images_seen}/{name}.safetensors")))
     return sit.eval().requires_grad_(False), record
 
 

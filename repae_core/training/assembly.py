@@ -6,14 +6,14 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-from repae_core.config import CompatConfig, TrainingConfig, TrainRepaeConfig
 from repae_core.diffusion import Interpolant
 from repae_core.encoders import build_encoder, encoder_dim
 from repae_core.losses import LeCamEMA, build_perceptual
 from repae_core.models import SiT, build_discriminator, build_sit, build_vae
 from repae_core.models.weights import load_module_weights
+from torch import Tensor, nn
+
+from repae_core.config import CompatConfig, TrainingConfig, TrainRepaeConfig
 from repae_core.training.distributed import Group
 from repae_core.training.optim import Network
 from repae_core.training.precision import autocast
@@ -94,9 +94,7 @@ def new_joint_state(
 ) -> JointState:
     """VAE, discriminator and SiT at their initial weights, the same on every rank."""
     torch.manual_seed(seed)
-    sit = new_sit(
-        config, latent_size=latent_size, latent_channels=config.vae.latent_channels, num_classes=num_classes
-    )
+    sit = new_sit(config, latent_size=latent_size, latent_channels=config.vae.latent_channels, num_classes=num_classes)
     sit.pos_embed.requires_grad_(compat.trainable_pos_embed)
     vae = build_vae(config.vae.architecture())
     discriminator = build_discriminator(num_filters=config.discriminator_filters)

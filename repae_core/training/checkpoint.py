@@ -15,36 +15,9 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
-from repae_core.artifacts import Artifact, FileEntry
-from repae_core.training.distributed import Group
+from repae_core.artifacts import Artifact
+from repae_core.artifacts.checkpoints import FOLDER, committed_checkpoints
 from repae_core.training.state import JointState, LDMState
-
-FOLDER = "checkpoints"
-
-
-def committed_checkpoints(folder: Artifact) -> list[int]:
-    """Images seen of every whole checkpoint, oldest first: committed, and all listed files there with their size."""
-    present = {name: size for name, size in folder.list().items() if name.startswith(f"{FOLDER}/")}
-    whole = []
-    for name in present:
-        _, images, leaf = name.split("/", 2)
-        if leaf == "commit.json":
-            files = folder.read_json(name)["files"]
-            if all(present.get(f"{FOLDER}/{images}/{f['name']}") == f["bytes"] for f in files):
-                whole.append(int(images))
-    return sorted(whole)
-
-
-def resolve_checkpoint(folder: Artifact, which: str = "last") -> int:
-    """Images seen of the checkpoint `last` or `<images>`; ValueError listing what there is."""
-    found = committed_checkpoints(folder)
-    if not found:
-        raise ValueError(f"{folder.uri}: no finished checkpoint")
-    if which == "last":
-        return found[-1]
-    if not which.isdigit() or int(which) not in found:
-        raise ValueError(f"{folder.uri}: no checkpoint {which!r}; there are: last, {', '.join(map(str, found))}")
-    return int(which)
 
 
 def save_checkpoint(
@@ -66,9 +39,7 @@ def save_checkpoint(
             torch.save(optimizer, buffer)
             folder.write_bytes(f"{name}/{network}.optimizer.pt", buffer.getvalue())
         lecam = {"lecam": state.lecam.state_dict()} if isinstance(state, JointState) and state.lecam else {}
-        folder.write_json(
-            f"{name}/state.json", record | lecam | {"step": state.step, "world_size": group.world_size}
-        )
+        folder.write_json(f"{name}/state.json", record | lecam | {"step": state.step, "world_size": group.world_size})
     if group.world_size > 1 and isinstance(state, JointState):
         buffers = dict(state.discriminator.module.named_buffers())  # its batch norm is per worker
         folder.write_bytes(f"{name}/rank{group.rank}.safetensors", save_safetensors(_contiguous(buffers)))
@@ -94,7 +65,7 @@ def load_checkpoint(folder: Artifact, images_seen: int, state: LDMState) -> dict
             f"{state.group.world_size}; set workers={record['world_size']}, or --force the stage to start anew"
         )
     for weights, module in named_modules(state).items():
-        module.load_state_dict(read_weights(folder, images_seen, weights))
+        module.load_state_dict(load_safetensors(folder.read_bytes(f"{name}/{weights}.safetensors")))
     for network, trained in state.networks().items():
         blob = io.BytesIO(folder.read_bytes(f"{name}/{network}.optimizer.pt"))
         saved = torch.load(blob, map_location=state.device, weights_only=True)
@@ -108,26 +79,6 @@ def load_checkpoint(folder: Artifact, images_seen: int, state: LDMState) -> dict
             state.discriminator.module.load_state_dict(buffers, strict=False)
     state.step = record["step"]
     return record
-
-
-def read_weights(folder: Artifact, images_seen: int, network: str) -> dict[str, Tensor]:
-    """State dict of `sit`, `ema`, `vae` or `discriminator` in a committed checkpoint."""
-    return load_safetensors(folder.read_bytes(f"{FOLDER}/{images_seen}/{network}.safetensors"))
-
-
-def read_record(folder: Artifact, images_seen: int) -> dict[str, Any]:
-    """Position, model specs and metric history of a committed checkpoint."""
-    record: dict[str, Any] = folder.read_json(f"{FOLDER}/{images_seen}/state.json")
-    return record
-
-
-def checkpoint_entries(folder: Artifact) -> list[FileEntry]:
-    """Every file of the committed checkpoints, with the hash noted at the commit."""
-    entries = []
-    for images in committed_checkpoints(folder):
-        for file in folder.read_json(f"{FOLDER}/{images}/commit.json")["files"]:
-            entries.append(FileEntry(**{**file, "name": f"{FOLDER}/{images}/{file['name']}"}))
-    return entries
 
 
 def named_modules(state: LDMState) -> dict[str, nn.Module]:

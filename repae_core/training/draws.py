@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
 from repae_core.diffusion import Interpolant, item_generators, rand, randn
+from torch import Tensor
 
 
 @dataclass(frozen=True)

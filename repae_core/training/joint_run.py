@@ -9,11 +9,11 @@ import torch
 
 from repae_core.artifacts import Artifact
 from repae_core.config import PipelineConfig
-from repae_core.data import ImageShards, LatentStatistics, batch_indices
-from repae_core.models import KLVAE
+from repae_core.data import ImageShards, batch_indices
 from repae_core.training.assembly import Encoders, joint_objective, new_joint_state
 from repae_core.training.distributed import Group
 from repae_core.training.draws import Draws
+from repae_core.training.latent_stats import measure_latents
 from repae_core.training.previews import write_previews
 from repae_core.training.repae_step import repae_step, vae_warmup_step
 from repae_core.training.run import TrainingRun
@@ -57,15 +57,13 @@ class JointRun(TrainingRun):
             return vae_warmup_step(self.state, *item, self.joint_objective, rate_factor=factor)
         if index == warmup:
             self.start_latent_norm()
-        return repae_step(
-            self.state, *item, self.joint_objective, rate_factor=self.rate_factor(index - warmup)
-        )
+        return repae_step(self.state, *item, self.joint_objective, rate_factor=self.rate_factor(index - warmup))
 
     def start_latent_norm(self) -> None:
         """Measured statistics of the VAE's latents become the latent norm's first running statistics."""
         count = min(self.joint.latent_stats_images, self.num_items)
         chosen = batch_indices(self.num_items, seed=self.config.seed, images_seen=0, batch_size=count)
-        scale, bias = measure_latents(self.state.vae.module, self.images, chosen, self.group.device)
+        scale, bias = measure_latents(self.state.vae.module, self.images, chosen)
         for sit in (self.state.sit.module, self.state.ema):
             sit.set_latent_stats(scale=scale, bias=bias)
 
@@ -86,16 +84,3 @@ class JointRun(TrainingRun):
     def specs(self) -> dict[str, Any]:
         """Constructor arguments of SiT and the VAE, and the interpolant."""
         return {"sit": self.state.sit.module.spec, "vae": self.state.vae.module.spec, "path": self.joint.path}
-
-
-@torch.no_grad()
-def measure_latents(
-    vae: KLVAE, images: ImageShards, indices: np.ndarray, device: torch.device, *, batch_size: int = 100
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Per-channel (scale, bias) of sampled z over these images, float64 (system.md section 3, "Measured")."""
-    statistics = LatentStatistics(vae.latent_channels)
-    for start in range(0, len(indices), batch_size):
-        pixels = images.images(indices[start : start + batch_size]).to(device)
-        posterior = vae.encode(pixels.float() / 127.5 - 1)
-        statistics.update(posterior.mean, posterior.std)
-    return statistics.scale(), statistics.bias()

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from repae_core.models import KLVAE
 
 from repae_core.artifacts import Artifact
 from repae_core.config import PipelineConfig, TrainingConfig
 from repae_core.data import ImageShards, LatentShards
-from repae_core.models import KLVAE
 from repae_core.training.assembly import Encoders, flow_objective, new_ldm_state, new_sit
 from repae_core.training.distributed import Group
 from repae_core.training.draws import Draws
@@ -44,9 +44,7 @@ class LDMRun(TrainingRun):
         self.objective = flow_objective(self.section)
         torch.manual_seed(config.seed)
         channels, size, _ = latents.latent_shape
-        sit = new_sit(
-            self.section, latent_size=size, latent_channels=channels, num_classes=latents.num_classes
-        )
+        sit = new_sit(self.section, latent_size=size, latent_channels=channels, num_classes=latents.num_classes)
         sit.set_latent_stats(scale=latents.scale, bias=latents.bias)
         grid = sit.input_size // sit.patch_size
         cached = features_are_cached(latents, self.section, grid)

@@ -113,6 +113,4 @@ class TrainingLoop:
 
     def _checkpoint(self, done: int) -> None:
         record = self.record | {"images_seen": done * self.settings.batch_size, "history": self.history}
-        save_checkpoint(
-            self.folder, self.state, record, guard=self.guard, keep=self.settings.keep_checkpoints
-        )
+        save_checkpoint(self.folder, self.state, record, guard=self.guard, keep=self.settings.keep_checkpoints)

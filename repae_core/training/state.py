@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
-
 from repae_core.diffusion import Interpolant
 from repae_core.losses import LeCamEMA
 from repae_core.models import SiT
+from torch import Tensor, nn
+
 from repae_core.training.distributed import Group
 from repae_core.training.optim import Network
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from repae_core.artifacts import Artifact
-from repae_core.data import ImageShards, LatentStatistics, LatentWriter
+from repae_core.data import ImageShards
 from repae_core.encoders import build_encoder
 from repae_core.models import KLVAE
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import io
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
-from repae_core.artifacts import Artifact, read_record, resolve_checkpoint
-from repae_core.data import ImageShards, LatentStatistics, batch_indices
+from repae_core.artifacts import Artifact
+from repae_core.artifacts.checkpoints import read_record, resolve_checkpoint
+from repae_core.data import ImageShards, batch_indices
 from repae_core.interop import export_diffusers_vae
 from repae_core.models import KLVAE, SiT, build_vae
+from repae_core.training.latent_stats import measure_latents
 
 Progress = Callable[[int, int], None]
 
@@ -56,33 +55,10 @@ def extract_vae(
     out.write_bytes("vae.safetensors", blob)
     out.write_json("vae.json", record["vae"])
     out.write_json("latent_stats.json", {"scale": scale.tolist(), "bias": bias.tolist(), "images": count})
-    out.write_bytes(
-        "discriminator.safetensors", joint.read_bytes(f"checkpoints/{seen}/discriminator.safetensors")
-    )
+    out.write_bytes("discriminator.safetensors", joint.read_bytes(f"checkpoints/{seen}/discriminator.safetensors"))
     if export_diffusers:
         _write_diffusers(vae, out, scale=scale, bias=bias, sample_size=images.resolution)
     return {"images_seen": seen, "stats_images": count, "scale": scale.tolist(), "bias": bias.tolist()}
-
-
-@torch.no_grad()
-def measure_latents(
-    vae: KLVAE,
-    images: ImageShards,
-    indices: np.ndarray,
-    *,
-    batch_size: int = 100,
-    progress: Progress | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Per-channel (scale, bias) of sampled z over these images, float64 (system.md section 3, "Measured")."""
-    device = next(vae.parameters()).device
-    statistics = LatentStatistics(vae.latent_channels)
-    for start in range(0, len(indices), batch_size):
-        pixels = images.images(indices[start : start + batch_size]).to(device)
-        posterior = vae.encode(pixels.float() / 127.5 - 1)
-        statistics.update(posterior.mean, posterior.std)
-        if progress:
-            progress(min(start + batch_size, len(indices)), len(indices))
-    return statistics.scale(), statistics.bias()
 
 
 def _write_diffusers(vae: KLVAE, out: Artifact, *, scale: Tensor, bias: Tensor, sample_size: int) -> None:
@@ -91,10 +67,3 @@ def _write_diffusers(vae: KLVAE, out: Artifact, *, scale: Tensor, bias: Tensor, 
         for path in sorted(Path(scratch).rglob("*")):
             if path.is_file():
                 out.write_bytes(f"diffusers/{path.relative_to(scratch).as_posix()}", path.read_bytes())
-
-
-def png_bytes(picture: Any) -> bytes:
-    """A PIL image as PNG."""
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return buffer.getvalue()

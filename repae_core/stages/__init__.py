@@ -1,0 +1,1 @@
+"""The work of each stage that does not train, from artifacts to artifacts; no orchestrator needed."""

@@ -1,0 +1,63 @@
+"""Samplers and score against the published implementation on a toy field (samplers.*)."""
+
+import pytest
+import torch
+from parity.fill import scalars, tensors
+
+from repae_core.diffusion import Interpolant, ode_sample, sde_sample
+from repae_core.diffusion.samplers import diffusion
+
+T, J = tensors("samplers"), scalars("samplers")
+CASES = [k for k in T if k.split(".")[0] in ("f32", "f64")]
+NULL = 1000
+
+
+class ToyField:
+    """v = a t x - b tanh(x) + c sin(w y), in x's dtype; notes its calls."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, x, t, y):
+        a, b, c, w = J["toy_coefficients"]
+        self.calls.append([len(x), float(t[0])])
+        offset = (c * torch.sin(w * y.double())).to(x.dtype).reshape(-1, 1, 1, 1)
+        return a * t.reshape(-1, 1, 1, 1) * x - b * torch.tanh(x) + offset
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_end_point_and_calls(case):
+    dtype, sampler, guidance, interval, path = case.replace("cfg1.0", "cfg1_0").replace("cfg2.5", "cfg2_5").split(".")
+    noise = T["in.latents"].to({"f32": torch.float32, "f64": torch.float64}[dtype])
+    field, y = ToyField(), torch.tensor(J["y"])
+    common = {
+        "guidance": float(guidance.removeprefix("cfg").replace("_", ".")),
+        "interval": (J["guidance_low"], J["guidance_high"]) if interval == "interval" else (0.0, 1.0),
+        "null_class": NULL,
+    }
+    if sampler == "sde":
+        generator = torch.Generator().manual_seed(J["torch_manual_seed"])
+        out = sde_sample(field, noise, y, steps=J["sde_steps"], path=path, generator=generator, **common)
+    else:
+        steps = J["heun_steps"] if sampler == "heun" else J["ode_steps"]
+        out = ode_sample(field, noise, y, steps=steps, heun=sampler == "heun", **common)
+    assert out.dtype == torch.float64
+    torch.testing.assert_close(out, T[case], atol=1e-10 if dtype == "f64" else 1e-5, rtol=0)
+    if case in J["calls"]:
+        assert [n for n, _ in field.calls] == [n for n, _ in J["calls"][case]]
+        assert [t for _, t in field.calls] == pytest.approx([t for _, t in J["calls"][case]], abs=1e-6)
+
+
+@pytest.mark.parametrize("path", ["linear", "cosine"])
+def test_score(path):
+    stored = {k: v for k, v in T.items() if k.startswith("score.")}
+    v, x, t = (next(value for k, value in stored.items() if k == f"score.in.{n}") for n in ("v", "x", "t"))
+    for dtype, name, atol in ((torch.float32, "f32", 1e-5), (torch.float64, "f64", 1e-10)):
+        if f"score.{name}.{path}" in stored:
+            out = Interpolant(path).score(v.to(dtype), x.to(dtype), t.to(dtype).flatten())
+            torch.testing.assert_close(out, stored[f"score.{name}.{path}"], atol=atol, rtol=1e-5)
+
+
+def test_diffusion():
+    for t, w in J["diffusion_at_t"].items():
+        assert float(diffusion(torch.tensor(float(t), dtype=torch.float64))) == pytest.approx(w, abs=1e-12)

@@ -1,0 +1,79 @@
+"""Presets, overrides and the one-line errors that name the field."""
+
+import pytest
+import yaml
+
+from repae_core.config import PipelineConfig, load_config, preset_names
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_resolves(name):
+    assert isinstance(load_config(name), PipelineConfig)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train_repae.lerning_rate=1", "did you mean 'train_repae.learning_rate'"),
+        ("num_classes=3", "did you mean 'train_repae.num_classes' or 'train_ldm.num_classes'"),
+        ("train_repae.learning_rate=-1", "train_repae.learning_rate: Input should be greater than 0"),
+        ("train_repae.batch_size=big", "train_repae.batch_size"),
+        ("train_repae.vae=f9", "unknown VAE 'f9'; known: f8d4, f16d32"),
+        ("train_repae.vae.norm_groups=3", "norm_groups=3 does not divide the width 16"),
+        ("train_repae.encoder_depth=9", "encoder_depth=9 is beyond the 4 blocks of SiT-Tiny/2"),
+        ("preprocess.resolution=33", "not divisible by 4"),
+        ("preprocess.resolution=36", "patch 2 does not divide the latent side 9"),
+        ("generate.guidance_interval=[0.9,0.1]", "generate.guidance_interval: must be two times"),
+        ("generate.labels=cat", "generate.labels: must be `equal`, `random`, or a list"),
+        ("train_repae.workers=5", "batch_size=48 is not divisible by workers=5"),
+        ("compat=all", "must be `published`"),
+        ("generate", "expected stage.field=value"),
+    ],
+)
+def test_bad_override_names_the_field(override, message):
+    with pytest.raises(ValueError, match="(?s)" + message.replace("[", r"\[").replace("(", r"\(")) as error:
+        load_config("quickstart", [override])
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_preset_lists_the_presets():
+    with pytest.raises(ValueError, match="no preset or file 'nope'; presets: .*quickstart"):
+        load_config("nope")
+
+
+def test_broken_file_is_named(tmp_path):
+    path = tmp_path / "broken.yaml"
+    path.write_text("train_repae: [unclosed")
+    with pytest.raises(ValueError, match=r"broken\.yaml: not valid YAML"):
+        load_config(str(path))
+
+
+def test_overrides_reach_the_field_with_dashes_or_underscores():
+    config = load_config("quickstart", ["train-ldm.max_steps=7", "generate.guidance_interval=[0, 0.5]"])
+    assert config.train_ldm.max_steps == 7
+    assert config.generate.guidance_interval == (0.0, 0.5)
+
+
+def test_named_vae_then_one_of_its_numbers_is_refused():
+    with pytest.raises(ValueError, match="vae is 'f16d32' as a whole"):
+        load_config("quickstart", ["train_repae.vae=f16d32", "train_repae.vae.norm_groups=16"])
+
+
+def test_yaml_no_is_a_precision_not_a_boolean(tmp_path):
+    values = yaml.safe_load("train_repae: {mixed_precision: no}")
+    assert values["train_repae"]["mixed_precision"] is False
+    path = tmp_path / "c.yaml"
+    path.write_text("train_repae: {mixed_precision: no}")
+    assert load_config(str(path)).train_repae.mixed_precision == "no"
+
+
+def test_a_saved_config_is_a_preset(tmp_path):
+    config = load_config("quickstart", ["train_repae.vae=f8d4", "compat=published"])
+    path = tmp_path / "saved.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    assert load_config(str(path)) == config
+
+
+@pytest.mark.parametrize("labels", ["equal", "random", "[0, 1, 2]", "7"])
+def test_labels_are_canonical_text(labels):
+    assert load_config("quickstart", [f"generate.labels={labels}"]).generate.labels in ("equal", "random", "0,1,2", "7")
