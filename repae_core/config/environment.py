@@ -13,9 +13,7 @@ VARIABLES = {
     "MLFLOW_TRACKING_URI": "MLflow server; default: SQLite in REPAE_HOME",
     "PREFECT_API_URL": "Prefect server; default: a temporary one for the run",
     "RAY_ADDRESS": "Ray cluster; default: a private local one that ends with the run",
-    "AWS_ENDPOINT_URL": (
-        "S3 endpoint for s3:// stores; credentials: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-    ),
+    "AWS_ENDPOINT_URL": ("S3 endpoint for s3:// stores; credentials: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"),
     "OMP_WAIT_POLICY": "How idle OpenMP threads wait; see docs/environment.md",
 }
 

@@ -43,9 +43,7 @@ def output_fields(config: Config) -> dict[str, Any]:
         if field_extra(field).get("role") != "output":
             continue
         value = getattr(config, name)
-        values[name] = (
-            output_fields(value) if isinstance(value, Config) else config.model_dump(mode="json")[name]
-        )
+        values[name] = output_fields(value) if isinstance(value, Config) else config.model_dump(mode="json")[name]
     return values
 
 

@@ -51,9 +51,7 @@ class CompatConfig(Config):
 
     lpips_double_scale: bool = _switch("LPIPS inputs mapped by 2x-1 once more", "train-repae")
     trainable_pos_embed: bool = _switch("SiT's position table is trained in the joint loop", "train-repae")
-    ema_latent_stats: bool = _switch(
-        "Latent statistics of extract-vae = EMA of running statistics", "extract-vae"
-    )
+    ema_latent_stats: bool = _switch("Latent statistics of extract-vae = EMA of running statistics", "extract-vae")
     bn_inverse_without_eps: bool = _switch("Denormalise latents without the norm's eps", "generate")
     random_labels: bool = _switch("Generate with random labels, whatever generate.labels says", "generate")
 
@@ -80,9 +78,7 @@ class PipelineConfig(Config):
 
     seed: int = output(0, "Seed of every random draw", ge=0, lt=2**63)
     store: str = execution("artifacts", "Where artifacts live: path or URI (REPAE_STORE and --store win)")
-    store_retry_seconds: float = execution(
-        180.0, "Time during which a failing store access is retried, s", ge=0
-    )
+    store_retry_seconds: float = execution(180.0, "Time during which a failing store access is retried, s", ge=0)
     experiment: str = execution("repae", "MLflow experiment")
     compat: CompatConfig = output(CompatConfig(), "Published behaviours to reproduce")
     preprocess: PreprocessConfig = output(PreprocessConfig(), "Stage 1")

@@ -91,9 +91,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
     for part in [first, *rest][:-1]:
         nested = target.setdefault(part, {})
         if isinstance(nested, str):
-            raise ValueError(
-                f"--set {override!r}: {part} is {nested!r} as a whole; set its parts or its name"
-            )
+            raise ValueError(f"--set {override!r}: {part} is {nested!r} as a whole; set its parts or its name")
         if not isinstance(nested, dict):
             nested = target[part] = {}
         target = nested

@@ -18,9 +18,7 @@ class PreprocessConfig(Config):
     resolution: int = output(256, "Side of the square images, pixels", ge=8, le=4096)
     images_per_shard: int = output(2_000, "Images planned for one shard", ge=1)
     encoding: Literal["png"] = output("png", "Image format in the shards (lossless)")
-    max_skipped_fraction: float = output(
-        0.01, "Share of unreadable images above which the stage stops", ge=0, le=1
-    )
+    max_skipped_fraction: float = output(0.01, "Share of unreadable images above which the stage stops", ge=0, le=1)
     processes: int = execution(1, "Processes that crop and encode", ge=1)
 
 
@@ -28,9 +26,7 @@ class ExtractVAEConfig(Config):
     """The tuned VAE out of a joint checkpoint, with its measured latent statistics."""
 
     checkpoint: str = output("last", "Joint checkpoint: `last` or images seen")
-    stats_images: int | None = output(
-        None, "Images on which latent statistics are measured; none = all", ge=2
-    )
+    stats_images: int | None = output(None, "Images on which latent statistics are measured; none = all", ge=2)
     export_diffusers: bool = output(True, "Also write a diffusers AutoencoderKL folder")
     batch_size: int = execution(64, "Images a forward pass", ge=1)
 
@@ -43,20 +39,12 @@ class ExtractVAEConfig(Config):
 class CacheLatentsConfig(Config):
     """Posterior mean and std of every image, as shards."""
 
-    vae: str = output(
-        "auto", "`auto` = of extract-vae; or the URI of an extract-vae artifact: stages 2-3 are not run"
-    )
-    dtype: Literal["float32", "float16", "bfloat16"] = output(
-        "float32", "Type in which mean and std are stored"
-    )
+    vae: str = output("auto", "`auto` = of extract-vae; or the URI of an extract-vae artifact: stages 2-3 are not run")
+    dtype: Literal["float32", "float16", "bfloat16"] = output("float32", "Type in which mean and std are stored")
     flip: bool = output(False, "Also cache the mirrored images")
     encoder: tuple[str, ...] = output((), "Encoders whose features are cached too; [] = none")
-    encoder_weights: tuple[str, ...] = output(
-        (), "One weights file an encoder; empty = the registry's", content=True
-    )
-    encoder_grid: int | None = output(
-        None, "Tokens a side of the features; none = the grid of train_ldm.model", ge=1
-    )
+    encoder_weights: tuple[str, ...] = output((), "One weights file an encoder; empty = the registry's", content=True)
+    encoder_grid: int | None = output(None, "Tokens a side of the features; none = the grid of train_ldm.model", ge=1)
     batch_size: int = execution(64, "Images a forward pass", ge=1)
     workers: int = execution(0, "Ray workers; 0 = in this process", ge=0)
 
@@ -119,13 +107,9 @@ class EvaluateConfig(Config):
     """Scores of the generated images and of the VAE (system.md section 6)."""
 
     extractor: Literal["inception", "digits"] = output("inception", "Feature network of the metrics")
-    extractor_weights: str = output(
-        "", "Weights file of the feature network (inception needs one)", content=True
-    )
+    extractor_weights: str = output("", "Weights file of the feature network (inception needs one)", content=True)
     reference: str = output("auto", "`auto` = all preprocessed images, or an .npz (arr_0, or mu and sigma)")
     neighbours: int = output(3, "k of precision and recall", ge=1)
     vae_images: int = output(2_000, "Images on which the VAE's reconstruction is scored; 0 = none", ge=0)
-    untrained_baseline: bool = output(
-        False, "Also score samples of an untrained SiT (same size, sampler and VAE)"
-    )
+    untrained_baseline: bool = output(False, "Also score samples of an untrained SiT (same size, sampler and VAE)")
     batch_size: int = execution(100, "Images a forward pass", ge=1)

@@ -27,9 +27,7 @@ class VAEConfig(Config):
     latent_channels: int = output(4, "Channels of the latent grid", ge=1)
     attn_lowest: bool = output(False, "Self-attention also in the lowest level (f16d32)")
     norm_groups: int = output(32, "Groups of every GroupNorm; must divide all widths", ge=1)
-    weights: str = output(
-        "", "Initial weights: path or URI of a safetensors file; empty = random", content=True
-    )
+    weights: str = output("", "Initial weights: path or URI of a safetensors file; empty = random", content=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -67,25 +65,19 @@ class TrainingConfig(Config):
 
     model: SiTName = output("SiT-XL/2", "Size of SiT / latent patch")
     num_classes: int | None = output(None, "Classes of the label embedding; none = as in the data set", ge=1)
-    encoder: tuple[str, ...] = output(
-        ("dinov2-vit-b",), "Frozen vision encoder(s) to align with; [] = no alignment"
-    )
+    encoder: tuple[str, ...] = output(("dinov2-vit-b",), "Frozen vision encoder(s) to align with; [] = no alignment")
     encoder_weights: tuple[str, ...] = output(
         (), "One weights file an encoder (timm format); empty = the registry's own", content=True
     )
     encoder_depth: int = output(8, "SiT blocks before the projector", ge=1)
     projector: Literal["mlp", "conv"] = output("mlp", "Projector: MLP (REPA) or 3x3 convolution (iREPA)")
     projector_dim: int = output(2048, "Hidden width of the MLP projector", ge=1)
-    spatial_norm: float | None = output(
-        None, "iREPA's spatial normalisation coefficient of features; none = off", ge=0
-    )
+    spatial_norm: float | None = output(None, "iREPA's spatial normalisation coefficient of features; none = off", ge=0)
     proj_coeff: float = output(0.5, "Weight of the alignment loss of SiT", ge=0)
     path: Literal["linear", "cosine"] = output("linear", "Interpolant between latent and noise")
     weighting: Literal["uniform", "lognormal"] = output("uniform", "Distribution of the training time t")
     qk_norm: bool = output(False, "LayerNorm on queries and keys")
-    class_dropout_prob: float = output(
-        0.1, "Probability that a label is replaced by the null class", ge=0, lt=1
-    )
+    class_dropout_prob: float = output(0.1, "Probability that a label is replaced by the null class", ge=0, lt=1)
     max_steps: int = output(400_000, "Optimizer steps", ge=1)
     batch_size: int = output(256, "Global batch over all workers, images", ge=1)
     learning_rate: float = output(1e-4, "AdamW learning rate of SiT", gt=0)
@@ -99,9 +91,7 @@ class TrainingConfig(Config):
     weight_decay: float = output(0.0, "AdamW weight decay", ge=0)
     max_grad_norm: float = output(1.0, "Norm to which each network's gradient is clipped", gt=0)
     ema_decay: float = output(0.9999, "Decay a step of SiT's moving average", ge=0, lt=1)
-    mixed_precision: Literal["no", "bf16", "fp16"] = output(
-        "no", "Autocast of SiT and encoders (losses stay fp32)"
-    )
+    mixed_precision: Literal["no", "bf16", "fp16"] = output("no", "Autocast of SiT and encoders (losses stay fp32)")
     init_from: str = output(
         "", "Continue a finished run of this stage: fingerprint, `latest` or URI; empty = start anew"
     )
@@ -134,9 +124,7 @@ class TrainingConfig(Config):
             raise ValueError("encoder_weights must name one file for each encoder")
         depth = parse_sit_name(self.model)[0].depth
         if self.encoder_depth > depth:
-            raise ValueError(
-                f"encoder_depth={self.encoder_depth} is beyond the {depth} blocks of {self.model}"
-            )
+            raise ValueError(f"encoder_depth={self.encoder_depth} is beyond the {depth} blocks of {self.model}")
         return self
 
     @property
@@ -154,23 +142,15 @@ class TrainRepaeConfig(TrainingConfig):
     """Joint training of the VAE and SiT: the REPA-E step (system.md section 3)."""
 
     vae: VAEConfig = output(VAEConfig(), "The VAE that is tuned: `f8d4`, `f16d32` or its numbers")
-    vae_warmup_steps: int = output(
-        0, "Steps that train the VAE alone first (reconstruction, LPIPS, KL)", ge=0
-    )
-    vae_warmup_learning_rate: float | None = output(
-        None, "Rate of the warm-up; none = vae_learning_rate", gt=0
-    )
+    vae_warmup_steps: int = output(0, "Steps that train the VAE alone first (reconstruction, LPIPS, KL)", ge=0)
+    vae_warmup_learning_rate: float | None = output(None, "Rate of the warm-up; none = vae_learning_rate", gt=0)
     vae_learning_rate: float = output(1e-4, "AdamW learning rate of the VAE", gt=0)
     disc_learning_rate: float = output(1e-4, "AdamW learning rate of the discriminator", gt=0)
     vae_align_proj_coeff: float = output(1.5, "Weight of the alignment loss that reaches the VAE", ge=0)
     bn_momentum: float = output(0.1, "Momentum of SiT's latent norm", gt=0, le=1)
     reconstruction_loss: Literal["l1", "l2"] = output("l1", "Pixel loss of the VAE")
-    perceptual_loss: Literal["lpips-vgg", "digits", "none"] = output(
-        "lpips-vgg", "Network of the perceptual loss"
-    )
-    perceptual_weights: str = output(
-        "", "VGG16 weights file (torchvision layout); empty = the hub's", content=True
-    )
+    perceptual_loss: Literal["lpips-vgg", "digits", "none"] = output("lpips-vgg", "Network of the perceptual loss")
+    perceptual_weights: str = output("", "VGG16 weights file (torchvision layout); empty = the hub's", content=True)
     perceptual_weight: float = output(1.0, "Weight of the perceptual loss", ge=0)
     kl_weight: float = output(1e-6, "Weight of the KL term", ge=0)
     discriminator_weight: float = output(0.1, "Weight of the adversarial term of the VAE", ge=0)
@@ -179,9 +159,7 @@ class TrainRepaeConfig(TrainingConfig):
     discriminator_weights: str = output("", "Initial discriminator weights; empty = random", content=True)
     lecam_weight: float = output(0.0, "Weight of the LeCam regulariser", ge=0)
     lecam_decay: float = output(0.999, "EMA decay of LeCam's logits", ge=0, lt=1)
-    latent_stats_images: int = output(
-        10_000, "Images on which the first latent statistics are measured", ge=2
-    )
+    latent_stats_images: int = output(10_000, "Images on which the first latent statistics are measured", ge=2)
 
     @property
     def total_steps(self) -> int:

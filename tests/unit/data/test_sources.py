@@ -201,7 +201,7 @@ def test_a_remote_store_out_of_reach_is_no_bad_image(folder, monkeypatch):
         raise ConnectionError("connection reset")
 
     monkeypatch.setattr(type(fs), "cat_file", unreachable)
-    with pytest.raises(OSError, match="a/x.jpg cannot be read: connection reset"):
+    with pytest.raises(OSError, match=r"a/x\.jpg cannot be read: connection reset"):
         source.read(source.items[0])
     monkeypatch.undo()
     fs.rm("/reach/a/x.jpg")
@@ -214,7 +214,7 @@ def test_reasons_do_not_hold_the_place_of_the_source(folder):
     source = open_source(str(folder))
     (folder / "a" / "x.jpg").unlink()
     (folder / "a" / "x.jpg").mkdir()
-    with pytest.raises(BadImageError, match="^Is a directory$"):
+    with pytest.raises(BadImageError, match=r"^Is a directory$"):
         source.read(source.items[0])
 
 
