@@ -1,0 +1,27 @@
+"""Representation alignment: projected SiT tokens against a frozen encoder's patch features (REPA, REPA-E)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def alignment_loss(features: Sequence[Tensor], projections: Sequence[Tensor]) -> Tensor:
+    """Mean over encoders, images and tokens of -cos(f, h), in [-1, 1] (system.md section 3).
+
+    features: frozen features, one [B,T,C_k] an encoder; projections: the projectors' outputs, same shapes.
+    Computed in fp32 whatever the inputs' type. Without encoders the loss is 0.
+
+    Raises:
+        ValueError: the two lists, or two shapes, do not match.
+    """
+    shapes = [[tuple(tensor.shape) for tensor in group] for group in (features, projections)]
+    if shapes[0] != shapes[1]:  # cosine_similarity would broadcast
+        raise ValueError(f"features {shapes[0]} and projections {shapes[1]} differ in shape")
+    if not features:
+        return torch.zeros(())
+    pairs = zip(features, projections, strict=True)
+    return -torch.stack([F.cosine_similarity(f.float(), h.float(), dim=-1).mean() for f, h in pairs]).mean()
