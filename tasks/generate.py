@@ -41,6 +41,7 @@ def execute(context: StageContext) -> StageOutcome:
         num_images=section.num_images,
         labels="random" if config.compat.random_labels else section.labels,
         seed=config.seed,
+        weights=section.weights,
         images_per_shard=section.images_per_shard,
         batch_size=section.batch_size,
         progress=context.progress,

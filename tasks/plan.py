@@ -110,6 +110,23 @@ def decide(planned: PlannedStage, *, forced: bool = False) -> Decision:
     return Decision("run", _what_changed(planned))
 
 
+def decide_all(plan: Plan, forced: set[str]) -> dict[str, Decision]:
+    """What a run of the whole plan would do, in order: a stage whose input will be made again is run again."""
+    decisions: dict[str, Decision] = {}
+    for name, planned in plan.stages.items():
+        decision = decide(planned, forced=name in forced)
+        remade = next((a.stage for a in planned.inputs.values() if _will_change(decisions, plan, a)), None)
+        if decision.action == "skip" and remade:
+            decision = Decision("run", f"its input {remade} will be made again")
+        decisions[name] = decision
+    return decisions
+
+
+def _will_change(decisions: Mapping[str, Decision], plan: Plan, artifact: Artifact) -> bool:
+    made_here = plan.stages.get(artifact.stage)
+    return made_here is not None and made_here.artifact is artifact and decisions[artifact.stage].action != "skip"
+
+
 def stale_input(planned: PlannedStage, recorded: Mapping[str, Any]) -> str:
     """Why inputs differ from the recorded ones (role -> fingerprint and manifest hash); empty if they do not."""
     for role, artifact in planned.inputs.items():

@@ -3,7 +3,7 @@
 latents/00000.safetensors   mean, std [n,C,h,w], labels [n]; optional mean_flip, std_flip (of the mirrored
                             images), features.0 ... and features_flip.0 ... [n,T,C] (float16)
 latents/00000.json          written after it, its commit marker: bytes and sha256, keys, labels, statistics
-stats.json                  scale and bias per channel of sampled latents, over all images (not the mirrored)
+latent_stats.json           scale and bias per channel of sampled latents, over all images (not the mirrored)
 index.json                  what there is, written last
 """
 
@@ -22,7 +22,7 @@ from repae_core.data.image_shards import ImageShards
 from repae_core.data.latent_statistics import LatentStatistics
 
 INDEX = "index.json"
-STATS = "stats.json"
+STATS = "latent_stats.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 FEATURE_DTYPE = torch.float16
 
@@ -162,7 +162,7 @@ class LatentWriter:
         )
 
     def finish(self) -> dict[str, Any]:
-        """Write `stats.json`, then `index.json`; returns the summary for the manifest.
+        """Write `latent_stats.json`, then `index.json`; returns the summary for the manifest.
 
         Statistics are merged in the order of the shards, so they do not depend on who wrote which shard.
         """

@@ -22,9 +22,7 @@ def _item_seed(seed: int, stream: str, position: int) -> int:
     return int.from_bytes(digest, "little") >> 1  # torch takes 63 bits without sign trouble
 
 
-def randn(
-    shape: Sequence[int], generators: Sequence[torch.Generator], dtype: torch.dtype = torch.float32
-) -> Tensor:
+def randn(shape: Sequence[int], generators: Sequence[torch.Generator], dtype: torch.dtype = torch.float32) -> Tensor:
     """Standard normals [B, *shape], row i from generator i."""
     return torch.stack([torch.randn(tuple(shape), generator=g, dtype=dtype) for g in generators])
 

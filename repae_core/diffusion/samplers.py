@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -38,7 +39,7 @@ def ode_sample(
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     guided = _Guided(velocity, y, noise.dtype, guidance, interval, null_class, guide)
     x = noise.double()
-    for i, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
+    for i, (t, t_next) in enumerate(itertools.pairwise(times)):
         dt = t_next - t
         v = guided(x, t, t)
         x_next = x + dt * v
@@ -79,7 +80,7 @@ def sde_sample(
 
     guided = _Guided(velocity, y, noise.dtype, guidance, interval, null_class, guide, drift)
     x = noise.double()
-    for i, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
+    for i, (t, t_next) in enumerate(itertools.pairwise(times)):
         dt, last = t_next - t, i == steps - 1
         eps = None if last else _draw(x, generator)
         x = x + dt * guided(x, t, t)

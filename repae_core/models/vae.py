@@ -109,7 +109,9 @@ class Middle(nn.Module):
 class Encoder(nn.Module):
     """Image -> moments before the quant convolution."""
 
-    def __init__(self, widths: Sequence[int], blocks: int, latent: int, groups: int, attn_lowest: bool, ch: int) -> None:
+    def __init__(
+        self, widths: Sequence[int], blocks: int, latent: int, groups: int, attn_lowest: bool, ch: int
+    ) -> None:
         super().__init__()
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(ch, widths[0], 3, padding=1)
@@ -137,7 +139,9 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Latent after the post-quant convolution -> image."""
 
-    def __init__(self, widths: Sequence[int], blocks: int, latent: int, groups: int, attn_lowest: bool, ch: int) -> None:
+    def __init__(
+        self, widths: Sequence[int], blocks: int, latent: int, groups: int, attn_lowest: bool, ch: int
+    ) -> None:
         super().__init__()
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(latent, widths[-1], 3, padding=1)

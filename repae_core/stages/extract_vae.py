@@ -33,7 +33,7 @@ def extract_vae(
     batch_size: int,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Write `vae.safetensors`, `vae.json` (its numbers), `latent_stats.json`, `discriminator.safetensors`, `diffusers/`.
+    """Write the VAE (`vae.safetensors`, `vae.json`), `latent_stats.json`, `discriminator.safetensors`, `diffusers/`.
 
     ema_latent_stats: published behaviour, the moving average's running statistics instead of measured ones.
     """

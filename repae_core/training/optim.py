@@ -46,7 +46,7 @@ class Network:
         self.scaler.scale(loss).backward()
 
     def step(self, max_grad_norm: float, rate_factor: float = 1.0) -> Tensor:
-        """Clip to `max_grad_norm`, step at `rate_factor` times the base rate, clear; returns the norm before clipping."""
+        """Clip, step at `rate_factor` times the base rate, clear; returns the gradient norm before clipping."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * rate_factor
         self.scaler.unscale_(self.optimizer)

@@ -101,7 +101,7 @@ def sit_phase(
     sit.train()
     sit.bn.train(train_norm)
     x_t, v_target = objective.interpolant.interpolate(sit.bn(z), draws.noise, draws.t)
-    labels = drop_labels(batch.labels, None, null_class=sit.null_class, mask=draws.label_drop)
+    labels = drop_labels(batch.labels, 0.0, null_class=sit.null_class, mask=draws.label_drop)
     with autocast(state.device, objective.mixed_precision):
         v_pred, projections = state.sit.forward(x_t, draws.t, labels, with_projections=True)
     flow = flow_matching_loss(v_pred, v_target)

@@ -37,7 +37,7 @@ def test_bad_override_names_the_field(override, message):
 
 
 def test_unknown_preset_lists_the_presets():
-    with pytest.raises(ValueError, match="no preset or file 'nope'; presets: .*quickstart"):
+    with pytest.raises(ValueError, match=r"no preset or file 'nope'; presets: .*quickstart"):
         load_config("nope")
 
 

@@ -130,7 +130,7 @@ def test_stats_equal_the_direct_computation(made):
     assert np.allclose(latents.scale.numpy(), scale, rtol=1e-13, atol=0)
     assert np.allclose(latents.bias.numpy(), bias, rtol=1e-13, atol=0)
     assert made[1]["scale"] == latents.scale.tolist()
-    assert made[0].read_json("stats.json")["images"] == COUNT
+    assert made[0].read_json("latent_stats.json")["images"] == COUNT
 
 
 def test_stats_are_those_of_the_stored_type(images, tmp_path):
