@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -41,6 +42,7 @@ def resolved(preset: str, sets: Sequence[str], store: str) -> PipelineConfig:
     """The frozen config with the store in force, made absolute."""
     config = load_config(preset, sets)
     url = Store(store_url(config, store)).url
+    os.environ["REPAE_STORE"] = url  # what the flow, which resolves anew, finds in force: --store wins
     return config.model_copy(update={"store": url})
 
 
@@ -80,6 +82,7 @@ def show_result(config: PipelineConfig, run: str) -> None:
     record = load_run(store, run)
     console = Console()
     console.print(stage_table(record))
+    console.print(f"Store    {store.url}/<stage>/<fingerprint>", soft_wrap=True)
     grid = record.stages.get("generate")
     if grid is not None and grid.status in ("made", "skipped"):
         console.print(f"Samples  {grid.uri}/grid.png", soft_wrap=True)
@@ -92,8 +95,8 @@ def show_result(config: PipelineConfig, run: str) -> None:
 def stage_table(record: RunRecord) -> Table:
     """Stages of a run with their state, time and artifact."""
     table = Table(title=f"run {record.run_id}: {record.status}")
-    for column in ("stage", "state", "seconds", "artifact"):
+    for column in ("stage", "state", "seconds", "fingerprint"):
         table.add_column(column, overflow="fold")
     for name, stage in record.stages.items():
-        table.add_row(name, stage.status, f"{stage.seconds or 0:.0f}", stage.uri)
+        table.add_row(name, stage.status, f"{stage.seconds or 0:.0f}", stage.fingerprint)
     return table

@@ -70,13 +70,13 @@ class Display:
         first = self._first.setdefault(name, done)
         elapsed = now - self._started.get(name, now)
         speed = (done - first) / elapsed if elapsed > 0 and done > first else 0.0
-        text = f"{speed:,.0f} {unit}/s {note}" if speed else note
+        text = ", ".join(part for part in (f"{speed:,.0f} {unit}/s" if speed else "", note) if part)
         if self._live and name in self._tasks:
             self._bars.update(self._tasks[name], completed=done, total=total, unit=unit, speed=text)
         elif now - self._last_line > _LINE_SECONDS:
             self._last_line = now
             eta = f", eta {(total - done) / speed:.0f} s" if speed else ""
-            self.console.print(f"{name}: {done:,}/{total:,} {unit}, {text}{eta}")
+            self.console.print(f"{name}: {done:,}/{total:,} {unit}{', ' if text else ''}{text}{eta}")
 
     def close(self) -> None:
         """Stop drawing."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -38,6 +39,7 @@ class Tracker:
             os.environ.setdefault(name, value)
         import mlflow
 
+        logging.getLogger("mlflow.system_metrics").setLevel(logging.WARNING)
         self._mlflow = mlflow
         home = repae_home()
         self.uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}"
@@ -60,6 +62,8 @@ class Tracker:
     def display_uri(self) -> str:
         """The tracking URI without credentials."""
         parts = urlsplit(self.uri)
+        if "@" not in parts.netloc:
+            return self.uri
         return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
     @contextlib.contextmanager
