@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 from pydantic.json_schema import SkipJsonSchema
@@ -15,6 +15,8 @@ Preset = Annotated[
     Field(description="Preset (or the path of a saved config)", json_schema_extra={"enum": list(preset_names())}),
 ]
 
+_ABSENT: Any = cast(Any, SkipJsonSchema)[None]  # allowed, but not offered in the form
+
 
 def _optional(model: type[BaseModel]) -> type[BaseModel]:
     """The same fields, each optional: None = as in the preset; no unions in the form."""
@@ -25,8 +27,8 @@ def _optional(model: type[BaseModel]) -> type[BaseModel]:
             nested = _optional(annotation)
             fields[name] = (nested, Field(default_factory=nested, description=field.description))
             continue
-        constrained = Annotated[annotation, *field.metadata] if field.metadata else annotation
-        fields[name] = (constrained | SkipJsonSchema[None], Field(None, description=field.description))
+        constrained: Any = Annotated[annotation, *field.metadata] if field.metadata else annotation
+        fields[name] = (constrained | _ABSENT, Field(None, description=field.description))
     return create_model(
         f"{model.__name__}Overrides",
         __config__=ConfigDict(extra="forbid", protected_namespaces=()),

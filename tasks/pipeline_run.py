@@ -51,11 +51,15 @@ class PipelineRun:
             path = Path(scratch) / f"{stage}.log"
             handler = logging.FileHandler(path)
             handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {self.run_id} {stage} %(message)s"))
-            logger.addHandler(handler)
+            loggers = [logging.getLogger(name) for name in ("repae", "repae_core")]
+            for each in loggers:
+                each.setLevel(logging.INFO)
+                each.addHandler(handler)
             try:
                 yield
             finally:
-                logger.removeHandler(handler)
+                for each in loggers:
+                    each.removeHandler(handler)
                 handler.close()
                 artifact.write_bytes(f"logs/driver-{self.run_id}.log", path.read_bytes())
 

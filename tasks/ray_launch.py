@@ -7,6 +7,7 @@ driver reads while it waits, so that only the driver talks to MLflow, Prefect an
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -16,7 +17,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from repae_core.config.environment import repae_home
 
@@ -59,10 +60,10 @@ class RaySession:
         if given:
             _probe(given)
         with _signal_handlers_kept():
-            context = ray.init(
+            context: Any = ray.init(
                 address=given,
                 include_dashboard=None if given else False,
-                logging_level="error",
+                logging_level=logging.ERROR,
                 log_to_driver=False,
                 namespace="repae",
                 **({} if given else _private_cluster()),
@@ -103,7 +104,7 @@ def launch(
     session.connect()
     import ray
 
-    mailbox = ray.remote(num_cpus=0)(_Mailbox).remote()
+    mailbox: Any = cast(Any, ray.remote(num_cpus=0)(_Mailbox)).remote()
 
     def deliver() -> None:
         for message in ray.get(mailbox.drain.remote(), timeout=60):
@@ -149,7 +150,7 @@ def _trainer(
     from ray.train.v2.api.config import LoggingConfig
 
     return TorchTrainer(
-        _train_loop,
+        cast(Any, _train_loop),
         train_loop_config=loop_config,
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=ScalingConfig(
@@ -158,7 +159,7 @@ def _trainer(
             resources_per_worker={"CPU": cpus} | ({"GPU": gpus} if gpus else {}),
         ),
         # A fresh name and scratch folder: our checkpoints decide where a run starts, never Ray's storage.
-        run_config=RunConfig(
+        run_config=cast(Any, RunConfig)(
             name=f"repae-{uuid.uuid4().hex[:12]}",
             storage_path=scratch,
             failure_config=FailureConfig(max_failures=max_failures),

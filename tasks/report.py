@@ -79,7 +79,7 @@ def _picture(artifact: Artifact, name: str) -> str | None:
 
 
 def _previews(artifact: Artifact) -> list[dict[str, str | None]]:
-    names = sorted(name for name in artifact.list() if name.startswith("previews/"))
+    names = sorted(name for name in artifact.files() if name.startswith("previews/"))
     chosen = [n for n in names if "samples" in n][-4:] + [n for n in names if "reconstructions" in n][-2:]
     return [
         {"caption": f"{n.split('-')[-1][:-4]} after {int(n.split('/')[1].split('-')[0]):,} images",

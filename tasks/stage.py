@@ -185,6 +185,7 @@ def _commit(context: StageContext, outcome: StageOutcome, started: float) -> Non
         summary=outcome.summary,
         checkpoints=outcome.checkpoints,
     )
+    context.artifact.delete("work.json")
 
 
 def _input_entries(planned: PlannedStage) -> dict[str, InputEntry]:

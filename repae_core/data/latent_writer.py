@@ -121,7 +121,7 @@ class LatentWriter:
 
     def missing(self) -> list[int]:
         """Shards still to be written; those whose images were all skipped have no latents and are left out."""
-        files = self.artifact.list()
+        files = self.artifact.files()
         return [k for k in self._filled() if not self._is_written(k, files)]
 
     def _filled(self) -> list[int]:

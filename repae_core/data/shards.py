@@ -167,7 +167,7 @@ def check_failures(skipped: Iterable[Skipped], allowed: int) -> None:
 
 def finished_shards(artifact: Artifact, num_shards: int) -> dict[int, list[Skipped]]:
     """What was skipped in each shard that is there already: sidecar present, tar of the bytes that it states."""
-    files = artifact.list()
+    files = artifact.files()
     done = {}
     for k in range(num_shards):
         if sidecar_name(k) in files and shard_name(k) in files:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ class Generator:
         s, positions = self.settings, range(first, first + len(y))
         shape = (self.sit.in_channels, self.sit.input_size, self.sit.input_size)
         noise = randn(shape, item_generators(seed, "generate.noise", positions)).to(y.device)
-        common = {
+        common: dict[str, Any] = {
             "steps": s.steps,
             "guidance": s.guidance,
             "interval": s.interval,

@@ -23,7 +23,7 @@ def export_diffusers_vae(vae: KLVAE, folder: str | Path, *, scale: Tensor, bias:
     """
     spec = vae.spec
     levels = len(spec["channel_multipliers"])
-    model = AutoencoderKL(
+    model: Any = AutoencoderKL(
         in_channels=3,
         out_channels=3,
         down_block_types=_block_types("Down", "Encoder", levels, lowest_last=True, attn=spec["attn_lowest"]),

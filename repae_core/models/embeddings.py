@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import numpy as np
 import torch
@@ -57,7 +58,8 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """Embed."""
-        return self.mlp(timestep_features(t, self.features).to(self.mlp[0].weight.dtype))
+        dtype = next(self.mlp.parameters()).dtype
+        return cast(Tensor, self.mlp(timestep_features(t, self.features).to(dtype)))
 
 
 class LabelEmbedder(nn.Module):

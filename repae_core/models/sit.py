@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -148,9 +148,10 @@ class SiT(nn.Module):
         assert patches.bias is not None
         nn.init.zeros_(patches.bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
-        zeroed = [block.adaLN_modulation[-1] for block in self.blocks]
+        for layer in self.t_embedder.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
+        zeroed: list[Any] = [block.adaLN_modulation[-1] for block in cast(list[Any], self.blocks)]
         zeroed += [self.final_layer.adaLN_modulation[-1], self.final_layer.linear]
         for layer in zeroed:
             nn.init.zeros_(layer.weight)

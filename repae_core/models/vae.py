@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -129,11 +129,11 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B,3,H,W] -> [B,2C,h,w]."""
         h = self.conv_in(x)
-        for level in self.down:
+        for level in cast(Iterable[Any], self.down):
             h = level(h)
             if hasattr(level, "downsample"):
                 h = level.downsample(h)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+        return cast(Tensor, self.conv_out(F.silu(self.norm_out(self.mid(h)))))
 
 
 class Decoder(nn.Module):
@@ -159,7 +159,7 @@ class Decoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """[B,C,h,w] -> [B,3,H,W]."""
         h = self.mid(self.conv_in(z))
-        for level in reversed(self.up):
+        for level in cast(Iterable[Any], reversed(self.up)):
             h = level(h)
             if hasattr(level, "upsample"):
                 h = level.upsample(h)

@@ -39,7 +39,7 @@ def cache_latents(
     grid = encoder_grid or images.resolution // vae.downsample_factor // patch_size
     networks = [
         build_encoder(name, path, grid=grid, spatial_norm=spatial_norm)
-        for name, path in zip(encoders, encoder_weights or [None] * len(encoders), strict=True)
+        for name, path in zip(encoders, encoder_weights or ("",) * len(encoders), strict=True)
     ]
     writer = LatentWriter(out, images, dtype=dtype, flip=flip, encoders=encoders, encoder_grid=grid)
     missing = writer.missing()

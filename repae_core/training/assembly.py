@@ -6,16 +6,16 @@ import copy
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from repae_core.config import CompatConfig, TrainingConfig, TrainRepaeConfig
 from repae_core.diffusion import Interpolant
 from repae_core.encoders import build_encoder, encoder_dim
 from repae_core.losses import LeCamEMA, build_perceptual
 from repae_core.models import SiT, build_discriminator, build_sit, build_vae
 from repae_core.models.weights import load_module_weights
-from torch import Tensor, nn
-
-from repae_core.config import CompatConfig, TrainingConfig, TrainRepaeConfig
 from repae_core.training.distributed import Group
-from repae_core.training.optim import Network
+from repae_core.training.optim import M, Network
 from repae_core.training.precision import autocast
 from repae_core.training.state import FlowObjective, JointObjective, JointState, LDMState
 
@@ -24,7 +24,7 @@ class Encoders:
     """The frozen vision encoders of a run: uint8 images [B,3,H,W] -> one [B,T,C_k] an encoder, fp32."""
 
     def __init__(self, config: TrainingConfig, *, grid: int, device: torch.device) -> None:
-        weights = config.encoder_weights or (None,) * len(config.encoder)
+        weights = config.encoder_weights or ("",) * len(config.encoder)
         self.modules = [
             build_encoder(name, path, grid=grid, spatial_norm=config.spatial_norm).to(device)
             for name, path in zip(config.encoder, weights, strict=True)
@@ -69,7 +69,7 @@ def moving_average(sit: SiT) -> SiT:
     return copy.deepcopy(sit).eval().requires_grad_(False)
 
 
-def train_network(module: nn.Module, config: TrainingConfig, group: Group, learning_rate: float) -> Network:
+def train_network(module: M, config: TrainingConfig, group: Group, learning_rate: float) -> Network[M]:
     """The module on the group's device, wrapped, with its AdamW."""
     module = module.to(group.device)
     return Network(
@@ -100,7 +100,8 @@ def new_joint_state(
     discriminator = build_discriminator(num_filters=config.discriminator_filters)
     load_module_weights(vae, config.vae.weights)
     load_module_weights(discriminator, config.discriminator_weights)
-    vae, discriminator = (m.to(memory_format=torch.channels_last) for m in (vae, discriminator))
+    vae = vae.to(memory_format=torch.channels_last)
+    discriminator = discriminator.to(memory_format=torch.channels_last)
     trained = train_network(sit, config, group, config.learning_rate)
     return JointState(
         group=group,

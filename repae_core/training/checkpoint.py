@@ -92,7 +92,7 @@ def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _commit(folder: Artifact, name: str) -> None:
     files = []
-    for leaf, size in sorted(folder.list(name).items()):
+    for leaf, size in sorted(folder.files(name).items()):
         if leaf != "commit.json":
             files.append({"name": leaf, "bytes": size, "sha256": folder.sha256(f"{name}/{leaf}")})
     folder.write_json(f"{name}/commit.json", {"files": files})
@@ -100,7 +100,7 @@ def _commit(folder: Artifact, name: str) -> None:
 
 def _prune(folder: Artifact, keep: int) -> None:
     newest = {str(images) for images in committed_checkpoints(folder)[-keep:]}
-    found = {name.split("/")[1] for name in folder.list() if name.startswith(f"{FOLDER}/")}
+    found = {name.split("/")[1] for name in folder.files() if name.startswith(f"{FOLDER}/")}
     for images in found - newest:
         folder.delete(f"{FOLDER}/{images}/commit.json")
         folder.delete(f"{FOLDER}/{images}", recursive=True)

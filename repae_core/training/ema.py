@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @torch.no_grad()
@@ -12,7 +12,7 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
 
     Frozen parameters too; other buffers (counters) are copied.
     """
-    averaged = [(e, p) for e, p in zip(ema.parameters(), model.parameters(), strict=True)]
+    averaged: list[tuple[Tensor, Tensor]] = [(e, p) for e, p in zip(ema.parameters(), model.parameters(), strict=True)]
     for e, p in zip(ema.buffers(), model.buffers(), strict=True):
         if e.is_floating_point():
             averaged.append((e, p))

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
+M = TypeVar("M", bound=nn.Module)
 
-class Network:
+
+class Network(Generic[M]):
     """A network that is trained: `module` holds the weights, `forward` is the call that synchronises gradients.
 
     Under DDP only calls through `forward` reduce gradients over workers; `module` serves frozen passes.
@@ -19,8 +22,8 @@ class Network:
 
     def __init__(
         self,
-        module: nn.Module,
-        forward: Callable[..., object],
+        module: M,
+        forward: Callable[..., Any],
         *,
         learning_rate: float,
         betas: tuple[float, float] = (0.9, 0.999),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from repae_core.losses import (
     alignment_loss,
     flow_matching_loss,
@@ -12,10 +14,8 @@ from repae_core.losses import (
     reconstruction_loss,
 )
 from repae_core.models import DiagonalGaussian, drop_labels
-from repae_core.training.ema import update_ema
-from torch import Tensor
-
 from repae_core.training.draws import Draws
+from repae_core.training.ema import update_ema
 from repae_core.training.optim import frozen
 from repae_core.training.precision import autocast, require_finite
 from repae_core.training.state import Batch, FlowObjective, JointObjective, JointState, LDMState, Metrics

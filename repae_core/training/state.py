@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from repae_core.diffusion import Interpolant
-from repae_core.losses import LeCamEMA
-from repae_core.models import SiT
 from torch import Tensor, nn
 
+from repae_core.diffusion import Interpolant
+from repae_core.losses import LeCamEMA
+from repae_core.models import KLVAE, PatchGAN, SiT
 from repae_core.training.distributed import Group
 from repae_core.training.optim import Network
 
@@ -62,11 +63,11 @@ class LDMState:
     """SiT, its moving average, and the steps it has taken (warm-up of the VAE not counted)."""
 
     group: Group
-    sit: Network
+    sit: Network[SiT]
     ema: SiT
     step: int = 0
 
-    def networks(self) -> dict[str, Network]:
+    def networks(self) -> dict[str, Network[Any]]:
         """Trained networks by name."""
         return {"sit": self.sit}
 
@@ -80,11 +81,11 @@ class LDMState:
 class JointState(LDMState):
     """The joint step's three networks."""
 
-    vae: Network = field(kw_only=True)
-    discriminator: Network = field(kw_only=True)
+    vae: Network[KLVAE] = field(kw_only=True)
+    discriminator: Network[PatchGAN] = field(kw_only=True)
     lecam: LeCamEMA | None = None
 
-    def networks(self) -> dict[str, Network]:
+    def networks(self) -> dict[str, Network[Any]]:
         """Trained networks by name."""
         return {"sit": self.sit, "vae": self.vae, "discriminator": self.discriminator}
 

@@ -85,7 +85,7 @@ def test_errors(artifact, tmp_path):
     with pytest.raises(ValueError, match="repae stage preprocess"):
         ImageShards(Artifact(Store(str(tmp_path)), "preprocess", "none"))
     copy = Artifact(Store(str(tmp_path)), "preprocess", "copy")
-    for name in artifact.list():
+    for name in artifact.files():
         copy.write_bytes(name, artifact.read_bytes(name))
     tar = bytearray(copy.read_bytes("shards/00001.tar"))
     copy.write_bytes("shards/00001.tar", bytes(len(tar)))

@@ -149,12 +149,12 @@ def test_stopped_and_resumed_gives_the_same_bytes(images, made, tmp_path):
     other = artifact(tmp_path)
     fill(other, images, only=[2])
     fill(other, images, only=[0])
-    whole = {name: made[0].read_bytes(name) for name in made[0].list()}
+    whole = {name: made[0].read_bytes(name) for name in made[0].files()}
     other.write_bytes("latents/00001.safetensors", whole["latents/00001.safetensors"])  # killed before its sidecar
     other.write_bytes("latents/00000.safetensors", whole["latents/00000.safetensors"][:-8])  # shorter than stated
     assert LatentWriter(other, images).missing() == [0, 1]
     fill(other, images).finish()
-    assert {name: other.read_bytes(name) for name in other.list()} == whole
+    assert {name: other.read_bytes(name) for name in other.files()} == whole
 
 
 def test_shards_of_skipped_images_only_are_left_out(tmp_path):
@@ -208,7 +208,7 @@ def test_errors(images, tmp_path):
         writer.write(0, mean=torch.full((4, *SHAPE), 1e6), std=torch.ones(4, *SHAPE))
     with pytest.raises(ValueError, match="latent shard 0: mean holds 3 images, expected 4"):
         writer.write(0, mean=torch.ones(3, *SHAPE), std=torch.ones(3, *SHAPE))
-    assert writer.artifact.list() == {}
+    assert writer.artifact.files() == {}
 
 
 def test_statistics_do_not_depend_on_the_parts():

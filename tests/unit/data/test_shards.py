@@ -41,7 +41,7 @@ def artifact(folder) -> Artifact:
 
 
 def contents(made: Artifact) -> dict[str, bytes]:
-    return {name: made.read_bytes(name) for name in made.list()}
+    return {name: made.read_bytes(name) for name in made.files()}
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_index_lists_every_shard(made):
     index = made.read_json("index.json")
     assert summary["num_shards"] == 5 == len(index["shards"])
     assert [shard["num_images"] for shard in index["shards"]] == [5, 5, 5, 5, 3]
-    files = made.list()
+    files = made.files()
     assert {"index.json", "skipped.jsonl"} | {f"shards/{k:05d}.{e}" for k in range(5) for e in ("tar", "json")} == set(
         files
     )
@@ -248,7 +248,7 @@ def test_listed_failures_count_before_any_work(tmp_path):
     made = artifact(tmp_path / "store")
     with pytest.raises(ValueError, match="empty/: class folder without images"):
         preprocess_images(open_source(str(folder)), made, **SETTINGS)
-    assert made.list() == {}
+    assert made.files() == {}
 
 
 def test_a_source_without_one_readable_image(tmp_path):

@@ -1,0 +1,1 @@
+"""Training: the REPA-E step, the latent-only step, and the loop around them."""
