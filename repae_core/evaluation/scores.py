@@ -41,7 +41,8 @@ def load_reference(path: str, extractor: FeatureExtractor, *, batch_size: int) -
     """
     try:
         with fsspec.open(path, "rb") as file:
-            arrays = np.load(io.BytesIO(file.read()), allow_pickle=False)
+            loaded = np.load(io.BytesIO(file.read()), allow_pickle=False)
+        arrays = {name: loaded[name] for name in ("arr_0", "mu", "sigma") if name in loaded}
     except (OSError, ValueError) as error:
         raise ValueError(f"evaluate.reference: {path}: {' '.join(str(error).split())}") from None
     features = None
