@@ -46,13 +46,13 @@ class Display:
             self._bars.start()
 
     @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
+    def stage(self, name: str, reason: str = "") -> Iterator[None]:
         """Show a stage's bar while it runs."""
         self._started[name] = time.monotonic()
         if self._live:
             self._tasks[name] = self._bars.add_task(name, total=None, unit="", speed="")
         else:
-            self.console.print(f"{name}: started")
+            self.console.print(f"{name}: started{f' ({reason})' if reason else ''}", highlight=False)
         yield
         seconds = time.monotonic() - self._started[name]
         if self._live:

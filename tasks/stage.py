@@ -87,7 +87,7 @@ def run_stage(run: PipelineRun, name: str, execute: Execute) -> dict[str, Any]:
                          started_at=_now())  # fmt: skip
     run.record_stage(name, record)
     try:
-        with _prepared(run, planned, decision) as context, run.display.stage(name):
+        with _prepared(run, planned, decision) as context, run.display.stage(name, decision.reason):
             outcome = execute(context)
             _commit(context, outcome, started)
     except BaseException as error:
