@@ -36,7 +36,7 @@ def print_runs(store: str) -> None:
     opened = _open(store)
     table = Table(title=f"runs in {opened.url}")
     for column in ("run", "kind", "status", "made", "skipped", "created"):
-        table.add_column(column)
+        table.add_column(column, no_wrap=column == "run")
     for record in list_runs(opened):
         states = [stage.status for stage in record.stages.values()]
         made, skipped = states.count("made"), states.count("skipped")

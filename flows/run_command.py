@@ -30,8 +30,7 @@ def run_one_stage(name: str, preset: str, sets: Sequence[str], store: str, input
     """One stage as its Prefect flow."""
     stage = stage_name(name)
     config = resolved(preset, sets, store)
-    if inputs == "auto":
-        check_before_start(config, [stage] if force else [], only=stage)
+    check_before_start(config, [stage] if force else [], only=stage, inputs=inputs)
     from flows import stages
 
     getattr(stages, stage.replace("-", "_"))(preset=saved_config(config), inputs=inputs, force=force)
@@ -46,16 +45,19 @@ def resolved(preset: str, sets: Sequence[str], store: str) -> PipelineConfig:
     return config.model_copy(update={"store": url})
 
 
-def check_before_start(config: PipelineConfig, force: Sequence[str], only: str | None = None) -> None:
+def check_before_start(
+    config: PipelineConfig, force: Sequence[str], only: str | None = None, inputs: str = "auto"
+) -> None:
     """Everything that can be wrong in the input, before any service starts."""
     from tasks.pipeline_run import forced_stages
-    from tasks.plan import decide, make_plan
+    from tasks.plan import decide, input_references, make_plan
     from tasks.stage import require_inputs
 
     forced = forced_stages(force)
     store = Store(config.store, retry_seconds=10)
     store.check()
-    plan = make_plan(config, store)
+    references = {only: input_references(config, only, inputs)} if only else {}
+    plan = make_plan(config, store, references=references)
     if only is not None:
         if only not in plan.stages:
             raise ValueError(

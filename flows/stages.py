@@ -8,13 +8,12 @@ from typing import Any
 from prefect import Flow, flow, runtime
 
 from flows.parameters import Overrides, Preset, flow_config
-from repae_core.config import PipelineConfig
 from tasks.cache_latents import cache_latents as cache_latents_task
 from tasks.evaluate import evaluate as evaluate_task
 from tasks.extract_vae import extract_vae as extract_vae_task
 from tasks.generate import generate as generate_task
 from tasks.pipeline_run import PipelineRun, open_run
-from tasks.plan import upstream
+from tasks.plan import input_references
 from tasks.preprocess import preprocess as preprocess_task
 from tasks.train_ldm import train_ldm as train_ldm_task
 from tasks.train_repae import train_repae as train_repae_task
@@ -62,24 +61,6 @@ def stage_flow(stage: str) -> Flow[..., dict[str, Any]]:
         force: Run even if the artifact exists.
     """
     return flow(name=stage, validate_parameters=True)(run)
-
-
-def input_references(config: PipelineConfig, stage: str, inputs: str) -> dict[str, str]:
-    """Role -> reference out of the `inputs` parameter.
-
-    Raises:
-        ValueError: an unknown role.
-    """
-    roles = list(upstream(config, stage))
-    if inputs in ("auto", "latest"):
-        return dict.fromkeys(roles, inputs)
-    given = dict.fromkeys(roles, "auto")
-    for pair in inputs.split(","):
-        role, equals, reference = pair.strip().partition("=")
-        if not equals or role not in roles:
-            raise ValueError(f"inputs: {pair!r} is not role=reference; roles of {stage}: {', '.join(roles) or 'none'}")
-        given[role] = reference
-    return given
 
 
 preprocess = stage_flow("preprocess")

@@ -69,6 +69,24 @@ def upstream(config: PipelineConfig, stage: str) -> dict[str, str]:
     return inputs[stage]
 
 
+def input_references(config: PipelineConfig, stage: str, inputs: str) -> dict[str, str]:
+    """Role -> reference out of the `inputs` parameter.
+
+    Raises:
+        ValueError: an unknown role.
+    """
+    roles = list(upstream(config, stage))
+    if inputs in ("auto", "latest"):
+        return dict.fromkeys(roles, inputs)
+    given = dict.fromkeys(roles, "auto")
+    for pair in inputs.split(","):
+        role, equals, reference = pair.strip().partition("=")
+        if not equals or role not in roles:
+            raise ValueError(f"inputs: {pair!r} is not role=reference; roles of {stage}: {', '.join(roles) or 'none'}")
+        given[role] = reference
+    return given
+
+
 def make_plan(
     config: PipelineConfig, store: Store, *, references: Mapping[str, Mapping[str, str]] | None = None
 ) -> Plan:

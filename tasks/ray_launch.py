@@ -33,6 +33,8 @@ _QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
+_PROBE_SECONDS = 10.0
+
 
 class WorkersFailedError(RuntimeError):
     """The workers failed more often than allowed; the message is the first line of the cause."""
@@ -244,7 +246,7 @@ def _probe(address: str) -> None:
     if address in ("auto", "local"):
         return
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + _PROBE_SECONDS
     while True:
         try:
             with socket.create_connection((host, int(port)), timeout=3):

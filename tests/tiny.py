@@ -5,6 +5,7 @@ from typing import Any
 
 from PIL import Image
 
+from repae_core.artifacts import RunRecord
 from repae_core.config import PipelineConfig, load_config
 from repae_core.digits import load_digits
 
@@ -66,3 +67,24 @@ def arguments(values: list[str]) -> list[str]:
 def contents(artifact: Any) -> dict[str, str]:
     """File name -> sha256 of a finished artifact."""
     return {file.name: file.sha256 for file in artifact.manifest().files}
+
+
+def run_pipeline(pipeline: PipelineConfig, **settings: Any) -> RunRecord:
+    """All stages in this process, with MLflow, without a Prefect server."""
+    from tasks.cache_latents import cache_latents
+    from tasks.evaluate import evaluate
+    from tasks.extract_vae import extract_vae
+    from tasks.generate import generate
+    from tasks.pipeline_run import open_run
+    from tasks.preprocess import preprocess
+    from tasks.report import write_report
+    from tasks.train_ldm import train_ldm
+    from tasks.train_repae import train_repae
+
+    stages = (preprocess, train_repae, extract_vae, cache_latents, train_ldm, generate, evaluate)
+    with open_run(pipeline, kind="full-pipeline", **settings) as run:
+        for stage in stages:
+            if stage.name in run.plan.stages:
+                stage.fn(run)
+        write_report(run.store, run.record)
+    return run.record

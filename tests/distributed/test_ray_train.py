@@ -1,0 +1,113 @@
+"""Both training stages on two real Ray Train workers, and a worker killed in the middle."""
+
+import json
+import threading
+import time
+
+import psutil
+import pytest
+import tiny
+
+from repae_core.artifacts import Artifact, Store
+from repae_core.artifacts.checkpoints import committed_checkpoints
+from tasks.ray_launch import RaySession, WorkersFailedError, launch
+
+TWO = [f"{stage}.{field}" for stage in ("train_repae", "train_ldm") for field in ("workers=2", "cpus_per_worker=1")]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return tiny.write_images(tmp_path_factory.mktemp("images") / "digits")
+
+
+def history(record, stage):
+    artifact = Artifact(Store(record.config["store"]), stage, record.stages[stage].fingerprint)
+    return [json.loads(line) for line in artifact.read_bytes("metrics.jsonl").splitlines()], artifact
+
+
+def test_both_stages_on_two_workers(images, tmp_path, home):
+    """Same numbers as in one process; PatchGAN's batch norm is per worker, so its terms may differ."""
+    two = tiny.run_pipeline(tiny.config(images, tmp_path / "two", *TWO))
+    one = tiny.run_pipeline(tiny.config(images, tmp_path / "one"))
+    assert {name: s.fingerprint for name, s in two.stages.items()} == {n: s.fingerprint for n, s in one.stages.items()}
+    ours, artifact = history(two, "train-repae")
+    expected, _ = history(one, "train-repae")
+    assert artifact.manifest().workers == 2
+    assert artifact.read_json("checkpoints/48/state.json")["world_size"] == 2
+    assert {name for name in artifact.files() if name.startswith("logs/rank")} == {"logs/rank0.log", "logs/rank1.log"}
+    for row, reference in zip(ours, expected, strict=True):
+        for name in ("recon_loss", "perceptual_loss", "flow_loss", "vae_align_loss", "align_loss"):
+            if name in reference:
+                assert row[name] == pytest.approx(reference[name], rel=2e-2), (name, row["step"])
+    first_joint = next(i for i, row in enumerate(expected) if "flow_loss" in row)
+    for name in ("recon_loss", "flow_loss", "align_loss", "vae_align_loss", "grad_norm_sit"):
+        assert ours[first_joint][name] == pytest.approx(expected[first_joint][name], rel=1e-4), name
+    ldm, artifact = history(two, "train-ldm")
+    assert artifact.manifest().workers == 2
+    assert [row["images_seen"] for row in ldm] == [8, 16, 24, 32]
+    assert not [p for p in psutil.Process().children(recursive=True) if "ray::" in p.name()]
+
+
+def test_a_killed_worker_restarts_from_the_checkpoint(images, tmp_path, home):
+    store = Store(str(tmp_path / "store"))
+    through = tiny.run_pipeline(tiny.config(images, tmp_path / "through", "train_repae.max_steps=60"))
+    killed: list[list[int]] = []
+
+    def kill_one_worker() -> None:
+        deadline = time.monotonic() + 200
+        while time.monotonic() < deadline and not killed:
+            found = [committed_checkpoints(Artifact(store, "train-repae", f)) for f in store.folders("train-repae")]
+            workers = [
+                p for p in psutil.process_iter(["cmdline"]) if "ray::RayTrainWorker" in "".join(p.info["cmdline"] or [])
+            ]
+            if found and found[0] and workers:
+                workers[0].kill()
+                killed.append(found[0])
+            time.sleep(0.05)
+
+    thread = threading.Thread(target=kill_one_worker)
+    thread.start()
+    settings = ["train_repae.max_steps=60", "train_repae.workers=1", "train_repae.cpus_per_worker=1"]
+    record = tiny.run_pipeline(tiny.config(images, store.url, *settings))
+    thread.join()
+    assert killed, "no worker was killed: the test proves nothing"
+    assert killed[0][-1] < 62 * 8
+    ours, artifact = history(record, "train-repae")
+    expected, other = history(through, "train-repae")
+    assert ours == expected
+    assert {n: h for n, h in tiny.contents(artifact).items() if n.startswith("checkpoints/496")} == {
+        n: h for n, h in tiny.contents(other).items() if n.startswith("checkpoints/496")
+    }
+
+
+def test_launch_reports_results_and_the_cause_of_failures():
+    def failing_worker(payload, report):  # nested: pickled by value, Ray's workers cannot import the tests
+        report({"seen": payload["value"]})
+        raise ValueError("the data set is cursed")
+
+    def echo_worker(payload, report):
+        import torch.distributed as dist
+
+        report({"seen": payload["value"]})
+        return {"world": dist.get_world_size() if dist.is_initialized() else 1}
+
+    seen = []
+    here = launch(echo_worker, {"value": 1}, session=RaySession(), workers=0, cpus_per_worker=1, on_report=seen.append)
+    assert here == {"world": 1}
+    session = RaySession()
+    try:
+        settings = {"session": session, "cpus_per_worker": 1, "on_report": seen.append}
+        assert launch(echo_worker, {"value": 2}, workers=2, **settings) == {"world": 2}
+        with pytest.raises(WorkersFailedError, match="the data set is cursed"):
+            launch(failing_worker, {"value": 3}, workers=1, **settings)
+    finally:
+        session.close()
+    assert [message["seen"] for message in seen] == [1, 2, 3]
+
+
+def test_an_unreachable_cluster_is_one_line(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setattr("tasks.ray_launch.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("tasks.ray_launch._PROBE_SECONDS", 0.2)
+    with pytest.raises(ConnectionError, match=r"RAY_ADDRESS=127\.0\.0\.1:1: no Ray cluster answers"):
+        RaySession().connect()

@@ -1,0 +1,257 @@
+"""Skip, resume, re-run: what a second run does, by stage."""
+
+import io
+import json
+
+import mlflow
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from repae_core import load_model
+from repae_core.artifacts import Artifact, Lease, LeaseHeld, Store, list_runs
+from repae_core.config import STAGES
+from tasks.pipeline_run import open_run
+from tasks.plan import decide_all, make_plan
+
+
+def states(record) -> dict[str, str]:
+    return {name: stage.status for name, stage in record.stages.items()}
+
+
+def made(record) -> list[str]:
+    return [name for name, stage in record.stages.items() if stage.status == "made"]
+
+
+def actions(finished, *overrides, forced=()) -> dict[str, str]:
+    plan = make_plan(finished.configure(*overrides), finished.store)
+    return {name: decision.action for name, decision in decide_all(plan, set(forced)).items()}
+
+
+def test_seven_whole_artifacts_and_a_report(original):
+    assert states(original.record) == dict.fromkeys(STAGES, "made")
+    for stage in STAGES:
+        artifact = original.artifact(stage)
+        assert artifact.is_whole()
+        assert artifact.verify() == []
+        assert not artifact.exists("lease.json")
+        assert not artifact.exists("work.json")
+        assert any(name.startswith("logs/driver") for name in artifact.files())
+    page = original.store.read_bytes(f"runs/{original.record.run_id}/report.html").decode()
+    for part in ("fd_digits", "data:image/png;base64,", "<svg", "train-repae", "reference"):
+        assert part in page
+    assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    )
+
+
+def test_manifest_says_what_it_was_made_of(original):
+    manifest = original.artifact("train-ldm").manifest()
+    assert set(manifest.inputs) == {"latents", "vae"}
+    for entry in manifest.inputs.values():
+        assert entry.manifest_sha256 == original.artifact(entry.stage).manifest_sha256()
+    assert manifest.checkpoints == [16, 32]
+    assert manifest.mlflow_run_id == original.record.stages["train-ldm"].mlflow_run_id
+    assert str(original.images) not in json.dumps(original.artifact("preprocess").manifest().config)
+
+
+def test_products(original):
+    samples = np.load(io.BytesIO(original.artifact("generate").read_bytes("samples.npz")))["arr_0"]
+    assert samples.shape == (12, 32, 32, 3)
+    assert samples.dtype == np.uint8
+    Image.open(io.BytesIO(original.artifact("generate").read_bytes("grid.png"))).verify()
+    metrics = original.artifact("evaluate").read_json("metrics.json")
+    assert set(metrics["rows"]) == {"generated", "untrained", "real", "reconstructions"}
+    assert "class_accuracy" not in metrics["columns"]  # these are not the ten digit classes
+    assert metrics["protocol"]["samples"] == "12"
+    generator = load_model(original.artifact("generate").uri, guidance=2.0, steps=2)
+    again = generator.sample([0, 1, 2], seed=1)
+    assert again.shape == (3, 3, 32, 32)
+    assert torch.equal(again, generator.sample([0, 1, 2], seed=1))
+
+
+def test_mlflow_has_a_parent_and_a_child_a_stage(original):
+    client = mlflow.MlflowClient(original.record.mlflow_tracking_uri)
+    parent = client.get_run(original.record.mlflow_run_id)
+    assert parent.info.status == "FINISHED"
+    children = client.search_runs([parent.info.experiment_id], f"tags.mlflow.parentRunId = '{parent.info.run_id}'")
+    assert {run.data.tags["repae.stage"] for run in children} == set(STAGES)
+    ldm = next(run for run in children if run.data.tags["repae.stage"] == "train-ldm")
+    assert ldm.data.params["max_steps"] == "4"
+    history = client.get_metric_history(ldm.info.run_id, "flow_loss")
+    assert [m.step for m in history] == [8, 16, 24, 32]
+    assert "config.json" in {f.path for f in client.list_artifacts(ldm.info.run_id)}
+    assert ldm.data.tags["repae.input.latents"] == original.artifact("cache-latents").uri
+    evaluate = next(run for run in children if run.data.tags["repae.stage"] == "evaluate")
+    assert evaluate.data.metrics["generated.fd_digits"] > 0
+    for name, file in (("repae-vae", "vae.safetensors"), ("repae-sit", "ema.safetensors")):
+        version = client.get_model_version_by_alias(name, "latest-run")
+        names = {f.path.rsplit("/", 1)[-1] for f in client.list_artifacts(version.run_id, name.rpartition("-")[2])}
+        assert file in names
+        assert all(n.endswith((".safetensors", ".json")) for n in names)
+
+
+def test_second_run_skips_everything(finished):
+    record = finished.run()
+    assert states(record) == dict.fromkeys(STAGES, "skipped")
+    assert record.stages["train-ldm"].mlflow_run_id == finished.record.stages["train-ldm"].mlflow_run_id
+    assert len(list_runs(finished.store)) == 2
+
+
+def test_a_changed_stage_runs_with_what_follows(finished):
+    assert actions(finished, "generate.guidance=3.0") == {
+        **dict.fromkeys(STAGES[:5], "skip"), "generate": "run", "evaluate": "run",
+    }  # fmt: skip
+    record = finished.run("generate.guidance=3.0")
+    assert made(record) == ["generate", "evaluate"]
+    assert finished.artifact("generate").is_whole()  # the earlier one is still there
+
+
+def test_execution_settings_change_nothing(finished):
+    settings = (
+        "generate.batch_size=3",
+        "train_ldm.checkpoint_every=1",
+        "train_repae.log_every=2",
+        "train_ldm.threads=2",
+    )
+    assert set(actions(finished, *settings).values()) == {"skip"}
+
+
+def test_an_image_more_changes_every_stage(finished):
+    Image.new("RGB", (40, 30)).save(finished.images / "zero" / "new.png")
+    assert set(actions(finished).values()) == {"run"}
+
+
+def test_the_folders_place_does_not_matter(finished, tmp_path):
+    moved = finished.images.rename(tmp_path / "moved")
+    plan = make_plan(tiny.config(moved, finished.store.url), finished.store)
+    assert {d.action for d in decide_all(plan, set()).values()} == {"skip"}
+
+
+def test_force_runs_a_stage_and_what_follows(finished):
+    before = tiny.contents(finished.artifact("generate"))
+    record = finished.run(force=["generate"])
+    assert made(record) == ["generate", "evaluate"]
+    assert tiny.contents(finished.artifact("generate")) == before
+
+
+def test_a_remade_input_makes_followers_stale(finished):
+    with open_run(finished.config, kind="generate", force=["generate"]) as run:
+        from tasks.generate import generate
+
+        generate.fn(run)
+    plan = make_plan(finished.config, finished.store)
+    decisions = decide_all(plan, set())
+    assert decisions["evaluate"].action == "run"
+    assert "was made again" in decisions["evaluate"].reason
+    assert made(finished.run()) == ["evaluate"]
+
+
+def test_a_missing_file_makes_a_stage_run_again(finished):
+    finished.artifact("cache-latents").delete("latents/00001.safetensors")
+    assert actions(finished)["cache-latents"] == "run"
+    record = finished.run()
+    assert made(record)[0] == "cache-latents"
+    assert finished.artifact("cache-latents").verify() == []
+
+
+@pytest.mark.parametrize("stage", ["preprocess", "train-repae", "cache-latents", "train-ldm", "generate"])
+def test_a_stopped_stage_goes_on_and_ends_the_same(finished, stage, monkeypatch):
+    """As after a kill: part of the files, no manifest. The result has the bytes of the undisturbed run."""
+    artifact = finished.artifact(stage)
+    expected = tiny.contents(artifact)
+    inputs = {role: entry.model_dump() for role, entry in artifact.manifest().inputs.items()}
+    last = {"preprocess": "shards/00001", "cache-latents": "latents/00001", "generate": "shards/00001"}.get(
+        stage, f"checkpoints/{(artifact.manifest().checkpoints or [0])[-1]}"
+    )
+    for name in artifact.files():
+        if name.startswith(last) or ("/" not in name):
+            artifact.delete(name)
+    kept = set(artifact.files())
+    work = {"inputs": inputs, "mlflow_run_id": None, "started_at": "2026-01-01T00:00:00+00:00", "seconds": 0.0}
+    artifact.write_json("work.json", work)
+    assert actions(finished)[stage] == "resume"
+    written = []
+    real = Store.writer
+    monkeypatch.setattr(Store, "writer", lambda self, key: (written.append(key), real(self, key))[1])
+    finished.run()
+    assert tiny.contents(artifact) == expected
+    finished_before = {name for name in kept if name in expected and not name.startswith("checkpoints/")}
+    rewritten = {key.split("/", 2)[2] for key in written if key.startswith(f"{stage}/")}
+    shards = {name for name in finished_before if name.startswith(("shards/", "latents/"))}
+    assert not shards & rewritten
+
+
+def test_leftovers_of_other_inputs_are_removed(finished):
+    artifact = finished.artifact("generate")
+    expected = tiny.contents(artifact)
+    artifact.delete("manifest.json")
+    artifact.write_bytes("shards/00000.npz", b"of another model")
+    stale = {"stage": "train-ldm", "fingerprint": "x", "manifest_sha256": "other"}
+    artifact.write_json(
+        "work.json",
+        {"inputs": {"model": stale}, "mlflow_run_id": None, "started_at": "2026-01-01T00:00:00+00:00", "seconds": 0.0},
+    )
+    finished.run()
+    assert tiny.contents(artifact) == expected
+
+
+def test_a_failed_stage_is_recorded_and_later_ones_do_not_run(finished, monkeypatch):
+    from repae_core.stages import generate
+
+    monkeypatch.setattr(generate, "class_grid", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        finished.run("generate.guidance=1.5")
+    record = list_runs(finished.store)[0]
+    assert record.status == "failed"
+    assert record.stages["generate"].status == "failed"
+    assert "division by zero" in record.stages["generate"].message
+    assert "evaluate" not in record.stages
+    plan = make_plan(finished.configure("generate.guidance=1.5"), finished.store)
+    assert not plan.stages["generate"].artifact.is_whole()
+    assert not plan.stages["generate"].artifact.exists("lease.json")
+    monkeypatch.undo()
+    assert made(finished.run("generate.guidance=1.5")) == ["generate", "evaluate"]
+
+
+def test_a_held_artifact_is_refused(finished):
+    plan = make_plan(finished.configure("generate.guidance=1.5"), finished.store)
+    artifact = plan.stages["generate"].artifact
+    with (
+        Lease(finished.store, artifact.key("lease.json")),
+        pytest.raises(LeaseHeld, match="is being written by process"),
+    ):
+        finished.run("generate.guidance=1.5")
+
+
+def test_an_external_vae_replaces_two_stages(finished):
+    vae = finished.artifact("extract-vae").uri
+    plan = make_plan(finished.configure(f"cache_latents.vae={vae}"), finished.store)
+    assert "train-repae" not in plan.stages
+    assert plan.stages["cache-latents"].artifact.fingerprint == finished.artifact("cache-latents").fingerprint
+
+
+def test_latest_and_prefix_references(finished):
+    prefix = finished.artifact("train-ldm").fingerprint[:6]
+    config = finished.configure("train_ldm.max_steps=999", "generate.guidance=1.0")
+    references = {"generate": {"model": prefix, "vae": "latest"}}
+    plan = make_plan(config, finished.store, references=references)
+    assert plan.stages["generate"].inputs["model"].fingerprint == finished.artifact("train-ldm").fingerprint
+
+
+def test_generation_from_the_joint_model(finished):
+    record = finished.run("generate.model=train-repae", "evaluate.untrained_baseline=false")
+    assert made(record) == ["generate", "evaluate"]
+    samples = Artifact(finished.store, "generate", record.stages["generate"].fingerprint)
+    stats = finished.artifact("extract-vae").read_json("latent_stats.json")
+    assert samples.read_json("samples.json")["scale"] == pytest.approx(stats["scale"])
+
+
+def test_memory_store(home, tmp_path):
+    images = tiny.write_images(tmp_path / "images")
+    record = tiny.run_pipeline(tiny.config(images, "memory://pipeline"))
+    assert states(record) == dict.fromkeys(STAGES, "made")
+    with pytest.raises(ValueError, match="memory:// works only with"):
+        tiny.run_pipeline(tiny.config(images, "memory://pipeline", "train_ldm.workers=1"))

@@ -1,0 +1,197 @@
+import numpy as np
+import pytest
+import tiny
+import torch
+from safetensors.torch import load as load_safetensors
+
+from repae_core.artifacts import Artifact, Store
+from repae_core.artifacts.checkpoints import committed_checkpoints, resolve_checkpoint
+from repae_core.config import PipelineConfig
+from repae_core.data import ImageShards, open_source, preprocess_images
+from repae_core.diffusion import Interpolant
+from repae_core.training.distributed import open_group
+from repae_core.training.draws import sample_draws
+from repae_core.training.joint_run import JointRun
+from repae_core.training.optim import Network, rate_factor
+from repae_core.training.precision import NonFiniteLossError, require_finite
+from repae_core.training.repae_step import repae_step
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tiny.write_images(tmp_path_factory.mktemp("images") / "digits")
+    made = Artifact(Store(str(tmp_path_factory.mktemp("store"))), "preprocess", "test")
+    preprocess_images(open_source(str(folder)), made, resolution=32, images_per_shard=16, seed=0)
+    return ImageShards(made)
+
+
+@pytest.fixture
+def config(tmp_path) -> PipelineConfig:
+    return tiny.config("digits", tmp_path)
+
+
+def start(config, images, folder) -> JointRun:
+    return JointRun(config, images, folder, open_group())
+
+
+def train(run: JointRun, guard=lambda: None) -> list[dict[str, float]]:
+    return run.run(report=lambda progress: None, guard=guard, record={})
+
+
+def folder(path) -> Artifact:
+    return Artifact(Store(str(path)), "train-repae", "test")
+
+
+def last_files(out: Artifact) -> dict[str, bytes]:
+    images_seen = committed_checkpoints(out)[-1]
+    return {
+        name: out.read_bytes(f"checkpoints/{images_seen}/{name}") for name in out.files(f"checkpoints/{images_seen}")
+    }
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_resume_is_exact(config, images, tmp_path):
+    """Stopped between checkpoints, in the warm-up and in joint training, a run ends with the same bytes."""
+    through, stopped = folder(tmp_path / "a"), folder(tmp_path / "b")
+    history = train(start(config, images, through))
+    for stop_at in (3, 5):
+        run = start(config, images, stopped)
+        real_step = run.step
+
+        def step(index, item, real_step=real_step, stop_at=stop_at):
+            if index == stop_at:
+                raise Stopped
+            return real_step(index, item)
+
+        run.step = step
+        with pytest.raises(Stopped):
+            train(run)
+    assert committed_checkpoints(stopped) == [16, 32]
+    assert train(start(config, images, stopped)) == history
+    assert last_files(through) == last_files(stopped)
+
+
+def test_a_lost_lease_prevents_the_commit(config, images, tmp_path):
+    out = folder(tmp_path)
+
+    def guard():
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        train(start(config, images, out), guard)
+    assert any(name.endswith("vae.safetensors") for name in out.files())
+    assert committed_checkpoints(out) == []
+
+
+def test_half_written_checkpoints_do_not_count(config, images, tmp_path):
+    out = folder(tmp_path)
+    train(start(config, images, out))
+    assert committed_checkpoints(out) == [32, 48]
+    out.delete("checkpoints/48/ema.safetensors")
+    assert resolve_checkpoint(out, "last") == 32
+    with pytest.raises(ValueError, match="no checkpoint '48'; there are: last, 32"):
+        resolve_checkpoint(out, "48")
+
+
+def test_other_number_of_workers_is_refused(config, images, tmp_path):
+    out = folder(tmp_path)
+    train(start(config, images, out))
+    record = out.read_json("checkpoints/48/state.json")
+    out.write_json("checkpoints/48/state.json", record | {"world_size": 2})
+    commit = out.read_json("checkpoints/48/commit.json")
+    for file in commit["files"]:
+        file["bytes"] = out.files("checkpoints/48")[file["name"]]
+    out.write_json("checkpoints/48/commit.json", commit)
+    with pytest.raises(ValueError, match="was written by 2 worker"):
+        train(start(config, images, out))
+
+
+def test_only_the_vae_learns_in_the_warmup(config, images, tmp_path):
+    out = folder(tmp_path)
+    run = start(config, images, out)
+    sit = {k: v.clone() for k, v in run.state.sit.module.state_dict().items()}
+    vae = {k: v.clone() for k, v in run.state.vae.module.state_dict().items()}
+    batches = run.batches(0)
+    run.step(0, next(batches))
+    assert all(torch.equal(v, sit[k]) for k, v in run.state.sit.module.state_dict().items())
+    assert not torch.equal(run.state.vae.module.decoder.conv_out.weight, vae["decoder.conv_out.weight"])
+    run.step(1, next(batches))
+    run.step(2, next(batches))
+    assert not torch.equal(run.state.sit.module.bn.running_mean, sit["bn.running_mean"])
+
+
+def test_diffusion_loss_does_not_reach_the_vae(config, images, tmp_path):
+    """Only the alignment loss flows into the VAE (REPA-E, section 3): with all VAE weights 0 it stays as it is."""
+    off = config.train_repae.model_copy(
+        update={"perceptual_weight": 0.0, "kl_weight": 0.0, "discriminator_weight": 0.0, "vae_align_proj_coeff": 0.0}
+    )
+    config = config.model_copy(update={"train_repae": off})
+    run = start(config, images, folder(tmp_path))
+    batch, draws = next(run.batches(2))
+    batch_again = run.batch(np.arange(8), draws, step=2)
+    assert batch_again.features[0].shape == (8, 16, 96)
+    seen = []
+    run.state.vae.backward = lambda loss: seen.append(torch.autograd.grad(loss, run.state.vae.parameters()[0])[0])
+    metrics = repae_step(run.state, batch, draws, run.objective)
+    assert float(metrics["vae_loss"]) == pytest.approx(float(metrics["recon_loss"]))
+    assert float(metrics["flow_loss"]) > 0
+    only_recon = torch.autograd.grad(
+        (run.state.vae.forward(batch.images.float() / 127.5 - 1, draws.posterior_noise)[2]
+         - (batch.images.float() / 127.5 - 1)).abs().mean(),
+        run.state.vae.parameters()[0],
+    )[0]  # fmt: skip
+    torch.testing.assert_close(seen[0], only_recon)
+
+
+def test_weights_are_those_of_the_checkpoint(config, images, tmp_path):
+    out = folder(tmp_path)
+    run = start(config, images, out)
+    train(run)
+    saved = load_safetensors(out.read_bytes("checkpoints/48/ema.safetensors"))
+    assert all(torch.equal(v, saved[k]) for k, v in run.state.ema.state_dict().items())
+
+
+def test_non_finite_loss_names_the_term_and_updates_nothing(config, images, tmp_path):
+    run = start(config, images, folder(tmp_path))
+    batch, draws = next(run.batches(2))
+    batch = batch.__class__(batch.labels, [torch.full_like(batch.features[0], float("nan"))], images=batch.images)
+    before = run.state.vae.module.decoder.conv_out.weight.clone()
+    with pytest.raises(NonFiniteLossError, match="align_loss"):
+        repae_step(run.state, batch, draws, run.objective)
+    assert torch.equal(run.state.vae.module.decoder.conv_out.weight, before)
+    require_finite({"a": torch.zeros(())}, run.group)
+
+
+def test_draws_depend_on_position_only():
+    settings = {"seed": 3, "stream": "s", "latent_shape": (2, 4, 4), "interpolant": Interpolant("linear"),
+                "weighting": "uniform", "drop_prob": 0.5, "device": torch.device("cpu")}  # fmt: skip
+    whole = sample_draws(range(10, 18), **settings)
+    part = sample_draws(range(13, 15), **settings)
+    for name in ("posterior_noise", "t", "noise", "label_drop"):
+        assert torch.equal(getattr(whole, name)[3:5], getattr(part, name))
+    other = sample_draws(range(10, 18), **(settings | {"seed": 4}))
+    assert not torch.equal(whole.noise, other.noise)
+    assert 0 < int(whole.label_drop.sum()) < 8
+
+
+def test_learning_rate_schedule():
+    rates = [rate_factor(step, total_steps=10, warmup_steps=2, decay_fraction=0.5) for step in range(10)]
+    assert rates == pytest.approx([0.5, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
+    assert rate_factor(7, total_steps=10) == 1
+
+
+def test_step_clips_and_reports_the_norm_before():
+    layer = torch.nn.Linear(1, 1, bias=False)
+    network = Network(layer, layer, learning_rate=0.1)
+    network.backward(100 * network.forward(torch.ones(1, 1)).sum())
+    assert float(network.step(1.0)) == pytest.approx(100)
+    assert layer.weight.grad is None
+
+
+def test_fewer_classes_than_the_data_are_refused(config, images, tmp_path):
+    section = config.train_repae.model_copy(update={"num_classes": 2})
+    with pytest.raises(ValueError, match="num_classes=2, but the data set has 3 classes"):
+        start(config.model_copy(update={"train_repae": section}), images, folder(tmp_path))
