@@ -28,7 +28,7 @@ report: env  ## Write the report of the latest run again and say where it is
 	$(BIN)/repae report
 
 test: env  ## All fast tests
-	$(TEST_ENV) $(BIN)/python -m pytest
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: env  ## The end-to-end tests that take minutes
 	$(TEST_ENV) $(BIN)/python -m pytest -m slow --timeout 1800

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+
+import psutil
 
 from repae_core.config.environment import repae_home
 
@@ -28,3 +31,14 @@ def prepare_environment() -> None:
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+
+
+def end_orphaned_servers() -> None:
+    """End temporary Prefect servers of this REPAE_HOME whose run was killed: nothing else would, ever."""
+    home = str(repae_home() / "prefect")
+    for process in psutil.process_iter(["cmdline", "ppid"]):
+        with contextlib.suppress(psutil.Error):
+            server = "prefect.server.api.server" in " ".join(process.info["cmdline"] or [])
+            orphaned = process.info["ppid"] == 1
+            if server and orphaned and process.environ().get("PREFECT_HOME") == home:
+                process.terminate()

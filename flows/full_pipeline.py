@@ -40,12 +40,13 @@ def full_pipeline(
         prefect_flow_run_id=str(runtime.flow_run.id or "") or None,
     ) as run:
         preprocess(run)
-        if "train-repae" not in run.plan.not_needed:
+        if run.needs("train-repae"):
             train_repae(run)
             extract_vae(run)
-        cache_latents(run)
-        train_ldm(run)
+        if run.needs("train-ldm"):
+            cache_latents(run)
+            train_ldm(run)
         generate(run)
         evaluate(run)
         report = write_report(run.store, run.record)
-    return {"run_id": run.run_id, "report": report, "stages": [s for s in STAGES if s in run.plan.stages]}
+    return {"run_id": run.run_id, "report": report, "stages": [s for s in STAGES if run.needs(s)]}

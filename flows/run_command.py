@@ -11,6 +11,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from flows.environment import end_orphaned_servers
 from repae_core.artifacts import RunRecord, Store, load_run
 from repae_core.config import PipelineConfig, load_config, stage_name
 from repae_core.config.environment import repae_home, store_url
@@ -20,6 +21,7 @@ def run_pipeline(preset: str, sets: Sequence[str], store: str, force: Sequence[s
     """The whole pipeline as the Prefect flow `full-pipeline`."""
     config = resolved(preset, sets, store)
     check_before_start(config, force)
+    end_orphaned_servers()
     from flows.full_pipeline import full_pipeline
 
     result = full_pipeline(preset=saved_config(config), force=",".join(force))
@@ -31,6 +33,7 @@ def run_one_stage(name: str, preset: str, sets: Sequence[str], store: str, input
     stage = stage_name(name)
     config = resolved(preset, sets, store)
     check_before_start(config, [stage] if force else [], only=stage, inputs=inputs)
+    end_orphaned_servers()
     from flows import stages
 
     getattr(stages, stage.replace("-", "_"))(preset=saved_config(config), inputs=inputs, force=force)

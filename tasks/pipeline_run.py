@@ -38,6 +38,10 @@ class PipelineRun:
         """Name of the folder below `runs/`."""
         return self.record.run_id
 
+    def needs(self, stage: str) -> bool:
+        """Whether the pipeline's result depends on a stage."""
+        return stage not in self.plan.not_needed
+
     def record_stage(self, name: str, stage: StageRecord) -> None:
         """Note a stage's state; run.json is written at every change."""
         stages = {**self.record.stages, name: stage}

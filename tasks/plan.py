@@ -44,7 +44,11 @@ class Decision:
 
 @dataclass
 class Plan:
-    """The stages of a config in order; `skipped_over` are not needed (an external VAE replaces 2 and 3)."""
+    """The stages of a config in order.
+
+    not_needed: what the pipeline's result does not depend on. An external VAE replaces stages 2 and 3, which are
+    then not planned at all; images of the joint model need no latent cache and no second training.
+    """
 
     store: Store
     stages: dict[str, PlannedStage] = field(default_factory=dict)
@@ -98,10 +102,13 @@ def make_plan(
         ValueError: source, weights file or referenced artifact missing: one line.
     """
     plan = Plan(store)
-    if config.cache_latents.vae != "auto" and config.generate.model == "train-ldm":
+    external_vae = config.cache_latents.vae != "auto" and config.generate.model == "train-ldm"
+    if external_vae:
         plan.not_needed = ("train-repae", "extract-vae")
+    elif config.generate.model == "train-repae":
+        plan.not_needed = ("cache-latents", "train-ldm")
     for stage in STAGES:
-        if stage in plan.not_needed:
+        if external_vae and stage in plan.not_needed:
             continue
         given = (references or {}).get(stage, {})
         inputs = {
@@ -129,9 +136,11 @@ def decide(planned: PlannedStage, *, forced: bool = False) -> Decision:
 
 
 def decide_all(plan: Plan, forced: set[str]) -> dict[str, Decision]:
-    """What a run of the whole plan would do, in order: a stage whose input will be made again is run again."""
+    """What a run of the pipeline would do, in order: a stage whose input will be made again is run again."""
     decisions: dict[str, Decision] = {}
     for name, planned in plan.stages.items():
+        if name in plan.not_needed:
+            continue
         decision = decide(planned, forced=name in forced)
         remade = next((a.stage for a in planned.inputs.values() if _will_change(decisions, plan, a)), None)
         if decision.action == "skip" and remade:

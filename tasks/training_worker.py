@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import logging
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -82,13 +83,16 @@ def _log_file(folder: Artifact, name: str) -> Iterator[None]:
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
-    root = logging.getLogger()
-    root.addHandler(handler)
+    loggers = [logging.getLogger(each) for each in ("repae", "repae_core")]
+    for logger in loggers:
+        logger.setLevel(logging.INFO)
+        logger.addHandler(handler)
     try:
         yield
     except BaseException:
-        root.exception("worker stopped")
+        stream.write(traceback.format_exc())
         raise
     finally:
-        root.removeHandler(handler)
+        for logger in loggers:
+            logger.removeHandler(handler)
         folder.write_bytes(name, stream.getvalue().encode())

@@ -84,7 +84,7 @@ def run_pipeline(pipeline: PipelineConfig, **settings: Any) -> RunRecord:
     stages = (preprocess, train_repae, extract_vae, cache_latents, train_ldm, generate, evaluate)
     with open_run(pipeline, kind="full-pipeline", **settings) as run:
         for stage in stages:
-            if stage.name in run.plan.stages:
+            if run.needs(stage.name):
                 stage.fn(run)
         write_report(run.store, run.record)
     return run.record

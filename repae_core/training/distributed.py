@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +40,9 @@ class Group:
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """DDP around a trained network (the module itself in a single process)."""
-        wrapped: nn.Module = self.accelerator.prepare_model(module)
+        with warnings.catch_warnings():  # torch's new name of broadcast_buffers is unknown to accelerate
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            wrapped: nn.Module = self.accelerator.prepare_model(module)
         return wrapped
 
     def barrier(self) -> None:

@@ -1,0 +1,58 @@
+import pytest
+
+from repae_core.artifacts import Artifact, Store
+from tasks.tracking import Tracker
+
+
+@pytest.fixture
+def artifact(tmp_path):
+    return Artifact(Store(str(tmp_path / "store")), "train-ldm", "abc")
+
+
+def log(run, positions):
+    for images in positions:
+        run.log_metrics({"loss": 1.0 / images, "images_per_second": 5.0}, images)
+        run.flush()
+
+
+def test_a_resumed_run_continues_its_metrics(home, artifact):
+    tracker = Tracker("test")
+    with tracker.pipeline_run("first", {}) as parent:
+        with pytest.raises(ZeroDivisionError), tracker.stage_run("train-ldm", artifact, None) as run:
+            log(run, (10, 20, 0))
+        assert tracker.client.get_run(run.run_id).info.status == "FAILED"
+        with tracker.stage_run("train-ldm", artifact, run.run_id) as again:
+            log(again, (10, 20, 30))
+    assert again.run_id == run.run_id
+    history = tracker.client.get_metric_history(run.run_id, "loss")
+    assert [m.step for m in history] == [10, 20, 30]
+    assert tracker.client.get_run(run.run_id).info.status == "FINISHED"
+    assert tracker.client.get_run(parent).info.status == "FINISHED"
+
+
+def test_a_stop_is_not_a_failure(home, artifact):
+    tracker = Tracker("test")
+    with pytest.raises(KeyboardInterrupt), tracker.stage_run("train-ldm", artifact, None) as run:
+        raise KeyboardInterrupt
+    assert tracker.client.get_run(run.run_id).info.status == "KILLED"
+
+
+def test_a_run_of_another_database_is_not_resumed(home, artifact):
+    with Tracker("test").stage_run("train-ldm", artifact, "0123456789abcdef0123456789abcdef") as run:
+        pass
+    assert run.run_id != "0123456789abcdef0123456789abcdef"
+
+
+def test_credentials_are_not_shown(monkeypatch, home):
+    tracker = Tracker("test")
+    tracker.uri = "https://user:secret@mlflow.example:5000/path"
+    assert tracker.display_uri == "https://mlflow.example:5000/path"
+    tracker.uri = "sqlite:////a/b.db"
+    assert tracker.display_uri == "sqlite:////a/b.db"
+
+
+def test_an_unreachable_server_is_one_line(monkeypatch, home):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(ConnectionError, match=r"MLflow at http://127\.0\.0\.1:1: .*"):
+        Tracker("test")
