@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from repae_core.diffusion import Interpolant, item_generators, rand, randn
 from torch import Tensor
+
+from repae_core.diffusion import Interpolant, item_generators, rand, randn
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from repae_core.models import KLVAE
 from torch import Tensor
 
 from repae_core.data import ImageShards, LatentStatistics
+from repae_core.models import KLVAE
 
 
 @torch.no_grad()

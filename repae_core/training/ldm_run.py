@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from repae_core.models import KLVAE
 
 from repae_core.artifacts import Artifact
 from repae_core.config import PipelineConfig, TrainingConfig
 from repae_core.data import ImageShards, LatentShards
+from repae_core.models import KLVAE
 from repae_core.training.assembly import Encoders, flow_objective, new_ldm_state, new_sit
 from repae_core.training.distributed import Group
 from repae_core.training.draws import Draws

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from repae_core.training.ema import update_ema
-
 from repae_core.training.draws import Draws
+from repae_core.training.ema import update_ema
 from repae_core.training.precision import require_finite
 from repae_core.training.repae_step import sit_phase
 from repae_core.training.state import Batch, FlowObjective, LDMState, Metrics

@@ -6,12 +6,12 @@ import io
 
 import torch
 from PIL import Image
-from repae_core.evaluation.grids import comparison_strip, image_grid
-from repae_core.models import KLVAE, SiT
 from torch import Tensor
 
 from repae_core.artifacts import Artifact
+from repae_core.evaluation.grids import comparison_strip, image_grid
 from repae_core.generation import Generator, SamplerSettings, to_uint8
+from repae_core.models import KLVAE, SiT
 
 PREVIEW_STEPS = 20
 

@@ -84,7 +84,8 @@ def test_generator(variant: str) -> None:
         close(value, J[f"generator.{variant}"][name])
     same(grad_recon, T[f"generator.{variant}.grad_reconstructions"])
     same(grad_moments / 1e-6, T[f"generator.{variant}.grad_moments_divided_by_kl_weight"])
-    same_buffers(discriminator, f"generator.{variant}.disc_after.")
+    if variant in ("l1", "disc_starts_at_10"):  # those whose buffers are in the data
+        same_buffers(discriminator, f"generator.{variant}.disc_after.")
 
 
 def test_kl_per_sample() -> None:
