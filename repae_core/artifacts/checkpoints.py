@@ -1,0 +1,50 @@
+"""Reading the checkpoints of a training artifact: `checkpoints/<images_seen>/`, whole when `commit.json` says so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from repae_core.artifacts.artifact import Artifact
+from repae_core.artifacts.manifest import FileEntry
+
+FOLDER = "checkpoints"
+
+
+def committed_checkpoints(folder: Artifact) -> list[int]:
+    """Images seen of every whole checkpoint, oldest first: committed, and all listed files there with their size."""
+    present = {name: size for name, size in folder.files().items() if name.startswith(f"{FOLDER}/")}
+    whole = []
+    for name in present:
+        _, images, leaf = name.split("/", 2)
+        if leaf == "commit.json":
+            files = folder.read_json(name)["files"]
+            if all(present.get(f"{FOLDER}/{images}/{f['name']}") == f["bytes"] for f in files):
+                whole.append(int(images))
+    return sorted(whole)
+
+
+def resolve_checkpoint(folder: Artifact, which: str = "last") -> int:
+    """Images seen of the checkpoint `last` or `<images>`; ValueError listing what there is."""
+    found = committed_checkpoints(folder)
+    if not found:
+        raise ValueError(f"{folder.uri}: no finished checkpoint")
+    if which == "last":
+        return found[-1]
+    if not which.isdigit() or int(which) not in found:
+        raise ValueError(f"{folder.uri}: no checkpoint {which!r}; there are: last, {', '.join(map(str, found))}")
+    return int(which)
+
+
+def read_record(folder: Artifact, images_seen: int) -> dict[str, Any]:
+    """Position, model specs and metric history of a committed checkpoint."""
+    record: dict[str, Any] = folder.read_json(f"{FOLDER}/{images_seen}/state.json")
+    return record
+
+
+def checkpoint_entries(folder: Artifact) -> list[FileEntry]:
+    """Every file of the committed checkpoints, with the hash noted at the commit."""
+    entries = []
+    for images in committed_checkpoints(folder):
+        for file in folder.read_json(f"{FOLDER}/{images}/commit.json")["files"]:
+            entries.append(FileEntry(**{**file, "name": f"{FOLDER}/{images}/{file['name']}"}))
+    return entries

@@ -1,0 +1,85 @@
+import json
+import os
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from repae_core.artifacts import Lease, LeaseHeld, LeaseLost, Store, check_lease
+from repae_core.artifacts import lease as lease_module
+
+KEY = "train-ldm/abc/lease.json"
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(str(tmp_path))
+
+
+def write(store, **changes):
+    content = json.loads(Lease(store, KEY)._content()) | changes
+    store.write_json(KEY, content)
+
+
+def test_held_and_released(store):
+    with Lease(store, KEY) as lease:
+        lease.check()
+        check_lease(store, KEY, lease.owner)
+        assert store.read_json(KEY)["pid"] == os.getpid()
+        with pytest.raises(LeaseHeld, match=f"train-ldm/abc is being written by process {os.getpid()} on "), Lease(store, KEY):
+            pass
+        lease.check()
+    assert not store.exists(KEY)
+
+
+def test_dead_process_on_this_host_is_taken_over_at_once(store):
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    write(store, owner="dead", pid=child.pid)
+    with Lease(store, KEY) as lease:
+        assert store.read_json(KEY)["owner"] == lease.owner
+
+
+def test_reused_pid_is_another_process(store):
+    write(store, owner="dead", pid_started=psutil.Process().create_time() - 1000)
+    with Lease(store, KEY):
+        pass
+
+
+def test_other_host_expires(store):
+    write(store, owner="other", host="elsewhere", heartbeat=time.time() - 30)
+    with pytest.raises(LeaseHeld, match="elsewhere"), Lease(store, KEY):
+        pass
+    write(store, owner="other", host="elsewhere", heartbeat=time.time() - 61)
+    with Lease(store, KEY):
+        pass
+
+
+def test_lost_lease_stops_commits_and_is_left_alone(store):
+    lease = Lease(store, KEY)
+    with lease:
+        write(store, owner="thief")
+        with pytest.raises(LeaseLost, match="the lease is now held by pid"):
+            lease.check()
+    assert store.read_json(KEY)["owner"] == "thief"
+    store.delete(KEY)
+    with pytest.raises(LeaseLost, match="gone"):
+        lease.check()
+
+
+def test_heartbeat(store, monkeypatch):
+    monkeypatch.setattr(lease_module, "HEARTBEAT_SECONDS", 0.05)
+    with Lease(store, KEY):
+        first = store.read_json(KEY)["heartbeat"]
+        deadline = time.monotonic() + 5
+        while store.read_json(KEY)["heartbeat"] == first:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
+def test_damaged_lease_is_no_owner(store):
+    store.write_bytes(KEY, b"")
+    with Lease(store, KEY) as lease:
+        lease.check()
