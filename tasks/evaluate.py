@@ -19,9 +19,8 @@ def evaluate(run: PipelineRun) -> dict[str, Any]:
 
 def execute(context: StageContext) -> StageOutcome:
     """The stage's work."""
-    from repae_core.stages.evaluate import evaluate_samples
-
     from repae_core.data import ImageShards
+    from repae_core.stages.evaluate import evaluate_samples
 
     config, section = context.config, context.config.evaluate
     metrics = evaluate_samples(
@@ -45,5 +44,6 @@ def execute(context: StageContext) -> StageOutcome:
         for name, value in values.items()
         if isinstance(value, float)
     }
-    context.tracking.log_picture(context.artifact.read_bytes("reconstructions.png"), "reconstructions")
+    if section.vae_images:
+        context.tracking.log_picture(context.artifact.read_bytes("reconstructions.png"), "reconstructions")
     return StageOutcome(summary=metrics, scores=scores)

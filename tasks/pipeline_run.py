@@ -130,3 +130,14 @@ def _status_recorded(run: PipelineRun) -> Iterator[None]:
     finally:
         run.record = run.record.model_copy(update={"status": status})
         save_run(run.store, run.record)
+        run.tracker.describe(_description(run.record))
+
+
+def _description(record: RunRecord) -> str:
+    """The run as MLflow shows it: which run made each stage's artifact, also where it was skipped."""
+    rows = [
+        f"| {name} | {stage.status} | {stage.seconds or 0:.0f} | `{stage.mlflow_run_id or '-'}` | `{stage.uri}` |"
+        for name, stage in record.stages.items()
+    ]
+    head = ["| stage | state | seconds | made by MLflow run | artifact |", "|---|---|---|---|---|"]
+    return "\n".join([f"Run `{record.run_id}`: {record.status}", "", *head, *rows])

@@ -13,7 +13,7 @@ from importlib.metadata import version as package_version
 from typing import Any
 
 from repae_core.artifacts import Artifact, FileEntry, InputEntry, Lease, StageRecord
-from repae_core.config import Config, PipelineConfig
+from repae_core.config import Config, PipelineConfig, section_name
 from tasks.pipeline_run import PipelineRun
 from tasks.plan import VERSIONS, Decision, PlannedStage, decide, stale_input
 from tasks.tracking import StageRun
@@ -81,6 +81,8 @@ def run_stage(run: PipelineRun, name: str, execute: Execute) -> dict[str, Any]:
     if decision.action == "skip":
         return _skip(run, planned)
     require_inputs(planned)
+    if name in ("cache-latents", "generate") and run.config.section(name).workers:
+        logger.warning("%s.workers is ignored: this stage still runs in one process", section_name(name))
     logger.info("%s: %s (%s) -> %s", name, decision.action, decision.reason, planned.artifact.uri)
     started = time.monotonic()
     record = StageRecord(fingerprint=planned.artifact.fingerprint, status="running", uri=planned.artifact.uri,

@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit, urlunsplit
 
 from PIL import Image
@@ -100,7 +100,7 @@ class Tracker:
         if self.parent_id:
             self.client.set_tag(self.parent_id, f"repae.skipped.{stage}", f"{mlflow_run_id or '-'} {uri}")
 
-    def summary(self, markdown: str) -> None:
+    def describe(self, markdown: str) -> None:
         """The parent run's description."""
         if self.parent_id:
             self.client.set_tag(self.parent_id, "mlflow.note.content", markdown)
@@ -204,9 +204,20 @@ class StageRun:
             self._client.log_image(self.run_id, picture, key=name, step=images_seen)
 
     def log_inputs(self, inputs: Mapping[str, str], output: str) -> None:
-        """URIs of what the stage read and what it writes."""
+        """URIs of what the stage read, also as MLflow datasets, and of what it writes."""
+        from mlflow.data.dataset_source_registry import resolve_dataset_source
+        from mlflow.data.meta_dataset import MetaDataset
+        from mlflow.entities import DatasetInput, InputTag
+
+        datasets = []
         for role, uri in inputs.items():
             self._client.set_tag(self.run_id, f"repae.input.{role}", uri)
+            name, digest = uri.rsplit("/", 2)[1:]
+            dataset = cast(Any, MetaDataset)(resolve_dataset_source(uri), name=name, digest=digest)
+            tags = [InputTag("mlflow.data.context", role)]
+            datasets.append(DatasetInput(dataset._to_mlflow_entity(), tags))
+        if datasets:
+            self._client.log_inputs(self.run_id, datasets)
         self._client.set_tag(self.run_id, "repae.artifact", output)
 
     def _last_logged(self) -> int:

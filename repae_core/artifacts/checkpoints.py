@@ -43,8 +43,8 @@ def read_record(folder: Artifact, images_seen: int) -> dict[str, Any]:
 
 def checkpoint_entries(folder: Artifact) -> list[FileEntry]:
     """Every file of the committed checkpoints, with the hash noted at the commit."""
-    entries = []
-    for images in committed_checkpoints(folder):
-        for file in folder.read_json(f"{FOLDER}/{images}/commit.json")["files"]:
-            entries.append(FileEntry(**{**file, "name": f"{FOLDER}/{images}/{file['name']}"}))
-    return entries
+    return [
+        FileEntry(**{**file, "name": f"{FOLDER}/{images}/{file['name']}"})
+        for images in committed_checkpoints(folder)
+        for file in folder.read_json(f"{FOLDER}/{images}/commit.json")["files"]
+    ]

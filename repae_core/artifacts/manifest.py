@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class Record(BaseModel):
@@ -42,11 +42,11 @@ class Manifest(Record):
     config: dict[str, Any]
     inputs: dict[str, InputEntry]
     files: list[FileEntry]
-    checkpoints: list[int] = []
+    checkpoints: list[int] = Field(default_factory=list)
     mlflow_run_id: str | None = None
-    versions: dict[str, str] = {}
+    versions: dict[str, str] = Field(default_factory=dict)
     workers: int = 0
     started_at: str
     finished_at: str
     seconds: float
-    summary: dict[str, Any] = {}
+    summary: dict[str, Any] = Field(default_factory=dict)

@@ -6,7 +6,7 @@ import secrets
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from repae_core.artifacts.manifest import Record
 from repae_core.artifacts.store import Store
@@ -35,11 +35,11 @@ class RunRecord(Record):
     created_at: str
     status: Literal["running", "finished", "failed"]
     config: dict[str, Any]
-    stages: dict[str, StageRecord] = {}
+    stages: dict[str, StageRecord] = Field(default_factory=dict)
     mlflow_run_id: str | None = None
     mlflow_tracking_uri: str = ""
     prefect_flow_run_id: str | None = None
-    versions: dict[str, str] = {}
+    versions: dict[str, str] = Field(default_factory=dict)
 
 
 def new_run_id() -> str:

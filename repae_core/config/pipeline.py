@@ -102,7 +102,7 @@ class PipelineConfig(Config):
             self.token_grid("train_ldm")
         return self
 
-    def section(self, stage: str) -> Config:
+    def section(self, stage: str) -> Any:
         """The config of one stage, by its dashed or underscored name."""
         section: Config = getattr(self, section_name(stage))
         return section

@@ -46,7 +46,7 @@ class CacheLatentsConfig(Config):
     encoder_weights: tuple[str, ...] = output((), "One weights file an encoder; empty = the registry's", content=True)
     encoder_grid: int | None = output(None, "Tokens a side of the features; none = the grid of train_ldm.model", ge=1)
     batch_size: int = execution(64, "Images a forward pass", ge=1)
-    workers: int = execution(0, "Ray workers; 0 = in this process", ge=0)
+    workers: int = execution(0, "Ray workers; so far ignored with a warning: one process does it", ge=0)
 
     @field_validator("encoder", "encoder_weights", mode="before")
     @classmethod
@@ -69,7 +69,7 @@ class GenerateConfig(Config):
     rounding: Literal["truncate", "round"] = output("truncate", "How [-1,1] becomes uint8 (ADM truncates)")
     images_per_shard: int = output(1_000, "Images in one shard of the result", ge=1)
     batch_size: int = execution(64, "Images a sampler batch", ge=1)
-    workers: int = execution(0, "Ray workers; 0 = in this process", ge=0)
+    workers: int = execution(0, "Ray workers; so far ignored with a warning: one process does it", ge=0)
 
     @field_validator("checkpoint", mode="before")
     @classmethod

@@ -83,6 +83,11 @@ def test_mlflow_has_a_parent_and_a_child_a_stage(original):
     history = client.get_metric_history(ldm.info.run_id, "flow_loss")
     assert [m.step for m in history] == [8, 16, 24, 32]
     assert "config.json" in {f.path for f in client.list_artifacts(ldm.info.run_id)}
+    assert {d.tags[0].value: d.dataset.digest for d in ldm.inputs.dataset_inputs} == {
+        "latents": original.artifact("cache-latents").fingerprint,
+        "vae": original.artifact("extract-vae").fingerprint,
+    }
+    assert original.artifact("generate").uri in parent.data.tags["mlflow.note.content"]
     assert ldm.data.tags["repae.input.latents"] == original.artifact("cache-latents").uri
     evaluate = next(run for run in children if run.data.tags["repae.stage"] == "evaluate")
     assert evaluate.data.metrics["generated.fd_digits"] > 0

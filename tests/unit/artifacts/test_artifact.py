@@ -20,7 +20,8 @@ def test_manifest_lists_every_file(artifact):
     artifact.write_json("sub/b.json", [1])
     artifact.write_bytes("lease.json", b"{}")
     artifact.write_bytes("logs/driver.log", b"times")
-    manifest = commit(artifact, exclude=["lease.json"], inputs={"x": InputEntry(stage="s", fingerprint="f", manifest_sha256="m")})
+    read = {"x": InputEntry(stage="s", fingerprint="f", manifest_sha256="m")}
+    manifest = commit(artifact, exclude=["lease.json"], inputs=read)
     assert [f.name for f in manifest.files] == ["a.bin", "sub/b.json"]
     assert manifest.files[0].bytes == 3
     assert manifest.files[0].sha256 == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
@@ -113,7 +114,7 @@ def whole(store, name, finished_at):
 
 def test_references(tmp_path):
     store = Store(str(tmp_path))
-    with pytest.raises(ValueError, match="no finished train-ldm artifact.*repae stage train-ldm"):
+    with pytest.raises(ValueError, match=r"no finished train-ldm artifact.*repae stage train-ldm"):
         resolve_reference(store, "train-ldm", "latest")
     new, old = whole(store, "aa11", "2026-02-02"), whole(store, "aa22", "2026-01-01")
     Artifact(store, "train-ldm", "aa33").write_bytes("x", b"unfinished")

@@ -28,7 +28,8 @@ def test_held_and_released(store):
         lease.check()
         check_lease(store, KEY, lease.owner)
         assert store.read_json(KEY)["pid"] == os.getpid()
-        with pytest.raises(LeaseHeld, match=f"train-ldm/abc is being written by process {os.getpid()} on "), Lease(store, KEY):
+        message = f"train-ldm/abc is being written by process {os.getpid()} on "
+        with pytest.raises(LeaseHeld, match=message), Lease(store, KEY):
             pass
         lease.check()
     assert not store.exists(KEY)

@@ -5,12 +5,19 @@ from repae_core.artifacts import RunRecord, StageRecord, Store, list_runs, load_
 
 def record(run_id):
     stage = StageRecord(fingerprint="f", status="made", uri="/s/preprocess/f", seconds=1.5)
-    return RunRecord(run_id=run_id, kind="full-pipeline", created_at="2026-01-01", status="finished", config={"seed": 0}, stages={"preprocess": stage})
+    return RunRecord(
+        run_id=run_id,
+        kind="full-pipeline",
+        created_at="2026-01-01",
+        status="finished",
+        config={"seed": 0},
+        stages={"preprocess": stage},
+    )
 
 
 def test_save_load_list(tmp_path):
     store = Store(str(tmp_path))
-    with pytest.raises(ValueError, match="no runs in .*repae run"):
+    with pytest.raises(ValueError, match=r"no runs in .*repae run"):
         load_run(store, "latest")
     for run_id in ("20260101-000000-aaaa", "20260102-000000-bbbb"):
         save_run(store, record(run_id))

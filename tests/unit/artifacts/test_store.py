@@ -56,9 +56,9 @@ def test_writer_counts_and_hashes(store):
 def test_interrupted_write_leaves_the_old_file(tmp_path):
     store = Store(str(tmp_path))
     store.write_bytes("x", b"old")
-    with pytest.raises(RuntimeError), store.writer("x") as stream:
+    with pytest.raises(TypeError), store.writer("x") as stream:
         stream.write(b"half")
-        raise RuntimeError
+        stream.write("not bytes")
     assert store.read_bytes("x") == b"old"
     assert os.listdir(tmp_path) == ["x"]
 
