@@ -31,7 +31,7 @@ test: env  ## All fast tests
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: env  ## The end-to-end tests that take minutes
-	$(TEST_ENV) $(BIN)/python -m pytest -m slow --timeout 1800
+	$(TEST_ENV) $(BIN)/python -m pytest -m slow -n 2 --timeout 1800
 
 lint: env  ## Formatter, linter, types, import directions
 	$(BIN)/ruff format --check .

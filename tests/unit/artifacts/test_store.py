@@ -57,8 +57,7 @@ def test_interrupted_write_leaves_the_old_file(tmp_path):
     store = Store(str(tmp_path))
     store.write_bytes("x", b"old")
     with pytest.raises(TypeError), store.writer("x") as stream:
-        stream.write(b"half")
-        stream.write("not bytes")
+        stream.writelines([b"half", "not bytes"])
     assert store.read_bytes("x") == b"old"
     assert os.listdir(tmp_path) == ["x"]
 
