@@ -46,8 +46,8 @@ class RaySession:
     def __init__(self) -> None:
         self.address: str | None = None
 
-    def connect(self) -> None:
-        """Open the session if it is not open yet.
+    def connect(self, cpus: int = 0) -> None:
+        """Open the session if it is not open yet; `cpus`: what the workers will ask for.
 
         Raises:
             ConnectionError: RAY_ADDRESS does not answer (ray.init would wait for minutes).
@@ -68,7 +68,7 @@ class RaySession:
                 logging_level=logging.ERROR,
                 log_to_driver=False,
                 namespace="repae",
-                **({} if given else _private_cluster()),
+                **({} if given else _private_cluster(cpus)),
             )
         self.address = context.address_info["address"]
 
@@ -103,7 +103,7 @@ def launch(
     """
     if workers == 0:
         return worker(payload, on_report)
-    session.connect()
+    session.connect(workers * cpus_per_worker)
     import ray
 
     mailbox: Any = cast(Any, ray.remote(num_cpus=0)(_Mailbox)).remote()
@@ -231,11 +231,13 @@ def _signal_handlers_kept() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _private_cluster() -> dict[str, Any]:
+def _private_cluster(cpus: int) -> dict[str, Any]:
     scratch = Path(tempfile.gettempdir()) / f"repae-ray-{os.getuid()}"  # socket paths must stay short
     scratch.mkdir(mode=0o700, exist_ok=True)
     (repae_home() / "ray").mkdir(exist_ok=True)
     return {
+        # On a machine with fewer CPUs than asked for, Ray would wait for ever; slower is better.
+        "num_cpus": max(cpus, os.cpu_count() or 1),
         "object_store_memory": 200_000_000,
         "_temp_dir": str(scratch),
         "_node_ip_address": "127.0.0.1",
