@@ -208,12 +208,17 @@ class StageRun:
         from mlflow.data.dataset_source_registry import resolve_dataset_source
         from mlflow.data.meta_dataset import MetaDataset
         from mlflow.entities import DatasetInput, InputTag
+        from mlflow.exceptions import MlflowException
 
         datasets = []
         for role, uri in inputs.items():
             self._client.set_tag(self.run_id, f"repae.input.{role}", uri)
             name, digest = uri.rsplit("/", 2)[1:]
-            dataset = cast(Any, MetaDataset)(resolve_dataset_source(uri), name=name, digest=digest)
+            try:
+                source = resolve_dataset_source(uri)
+            except MlflowException:  # MLflow knows folders, S3, GCS, ...; the tag names the others
+                continue
+            dataset = cast(Any, MetaDataset)(source, name=name, digest=digest)
             tags = [InputTag("mlflow.data.context", role)]
             datasets.append(DatasetInput(dataset._to_mlflow_entity(), tags))
         if datasets:

@@ -1,46 +1,17 @@
-"""Weights files of frozen networks: safetensors or .pth, local or remote; never unpickles code."""
+"""timm networks of the encoders, from a file, the package or the hub."""
 
 from __future__ import annotations
 
-import io
-import pickle
 from typing import Any, cast
 
-import fsspec
 import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from repae_core.digits.networks import digit_vit, read_committed
 from repae_core.encoders.registry import DIGITS_VIT, EncoderSpec
-
-
-def read_state_dict(path: str) -> dict[str, Tensor]:
-    """State dict of a safetensors or `.pth` file at a local path or any fsspec URL (s3://, https://, ...).
-
-    A `.pth` is read with `weights_only=True`. Tensors keep their type and are on the CPU.
-
-    Raises:
-        ValueError: one line naming the file: not found, not readable, or not a plain state dict.
-    """
-    try:
-        with fsspec.open(path, "rb") as file:
-            data = file.read()
-    except (OSError, ImportError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read ({' '.join(str(error).split()) or type(error).__name__})") from None
-    try:
-        if path.endswith(".safetensors"):
-            return load(data)
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"{path}: not a safetensors file or a plain torch state dict ({reason})") from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path}: holds no plain state dict of tensors")
-    return state
+from repae_core.weights import load_weights, read_state_dict
 
 
 def load_vision_transformer(name: str, spec: EncoderSpec, weights: str | None, *, grid: int) -> nn.Module:
@@ -90,9 +61,5 @@ def _fill(network: Any, state: dict[str, Tensor], origin: str) -> nn.Module:
             new_size=list(network.patch_embed.grid_size),
             num_prefix_tokens=0 if network.no_embed_class else network.num_prefix_tokens,
         )
-    try:
-        network.load_state_dict(state, assign=True)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{origin}: does not fit the encoder: {reason[:300]}") from None
+    load_weights(network, state, origin, assign=True)
     return cast(nn.Module, network)

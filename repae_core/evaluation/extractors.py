@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from repae_core.digits.networks import load_digit_features
-from repae_core.encoders.weights import read_state_dict
+from repae_core.weights import load_weights, read_state_dict
 
 EXTRACTORS = ("inception", "digits")
 
@@ -58,7 +58,7 @@ def build_extractor(name: str, weights: str | None = None) -> FeatureExtractor:
         raise ValueError(f"unknown extractor {name!r}; known: {', '.join(EXTRACTORS)}")
     network = load_digit_features()
     if weights:
-        _load(network.load_state_dict, read_state_dict(weights), weights)
+        load_weights(network, read_state_dict(weights), weights)
 
     def extract(images: Tensor) -> Features:
         features = network.features(images)
@@ -77,19 +77,12 @@ def _inception(weights: str | None) -> FeatureExtractor:
 
     state = read_state_dict(weights)
 
-    def build(state: dict[str, Tensor]) -> Any:
-        # torch-fidelity would unpickle whatever the file holds, so it only gets what the safe reader returned.
-        with tempfile.TemporaryDirectory() as scratch:
-            path = Path(scratch) / "inception.pth"
-            torch.save(state, path)
-            return FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], str(path))
-
-    network = _load(build, state, weights)
+    # torch-fidelity would unpickle whatever the file holds, so it only gets what the safe reader returned.
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "inception.pth"
+        torch.save(state, path)
+        try:
+            network: Any = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], str(path))
+        except RuntimeError as error:
+            raise ValueError(f"{weights}: not an Inception file: {' '.join(str(error).split())[:200]}") from None
     return FeatureExtractor("inception", network, lambda images: Features(*network(images)))
-
-
-def _load(action: Callable[[dict[str, Tensor]], Any], state: dict[str, Tensor], origin: str) -> Any:
-    try:
-        return action(state)
-    except RuntimeError as error:
-        raise ValueError(f"{origin}: does not fit the network: {' '.join(str(error).split())[:200]}") from None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchvision.models import AlexNet_Weights, VGG16_Weights, WeightsEnum
 
 from repae_core.digits.networks import DigitCNN, load_digit_perceptual
-from repae_core.encoders.weights import read_state_dict
+from repae_core.weights import load_weights, read_state_dict
 
 
 class _Backbone(NamedTuple):
@@ -97,7 +97,7 @@ def build_perceptual(name: str, weights: str | None = None, *, double_scale: boo
     if name == "digits":
         network = load_digit_perceptual()
         if weights:
-            _load_strict(network, read_state_dict(weights), weights)
+            load_weights(network, read_state_dict(weights), weights)
         return DigitsPerceptual(network, double_scale=double_scale)
     if name not in _BACKBONES:
         raise ValueError(f"unknown perceptual loss {name!r}; known: {', '.join(PERCEPTUAL_NAMES)}")
@@ -115,19 +115,12 @@ def _lpips_network(name: str, state: dict[str, Tensor], origin: str) -> nn.Modul
         if source not in state:
             raise ValueError(f"{origin}: no {source!r}; expected a torchvision {name.removeprefix('lpips-')} file")
         trunk[key] = state[source].float()
-    _load_strict(network.net, trunk, origin, assign=True)
+    load_weights(network.net, trunk, origin, assign=True)
     heads = read_state_dict(f"{lpips.__path__[0]}/weights/v0.1/{_BACKBONES[name].net}.pth")
     network.load_state_dict(heads, strict=False, assign=True)
     network.scaling_layer = ScalingLayer()
     assert not any(tensor.is_meta for tensor in (*network.parameters(), *network.buffers()))
     return network
-
-
-def _load_strict(network: nn.Module, state: dict[str, Tensor], origin: str, *, assign: bool = False) -> None:
-    try:
-        network.load_state_dict(state, assign=assign)
-    except RuntimeError as error:
-        raise ValueError(f"{origin}: {' '.join(str(error).split())}") from None
 
 
 def _download(name: str) -> dict[str, Tensor]:

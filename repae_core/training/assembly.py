@@ -13,11 +13,11 @@ from repae_core.diffusion import Interpolant
 from repae_core.encoders import build_encoder, encoder_dim
 from repae_core.losses import LeCamEMA, build_perceptual
 from repae_core.models import SiT, build_discriminator, build_sit, build_vae
-from repae_core.models.weights import load_module_weights
 from repae_core.training.distributed import Group
 from repae_core.training.optim import M, Network
 from repae_core.training.precision import autocast
 from repae_core.training.state import FlowObjective, JointObjective, JointState, LDMState
+from repae_core.weights import load_weights, read_state_dict
 
 
 class Encoders:
@@ -98,8 +98,9 @@ def new_joint_state(
     sit.pos_embed.requires_grad_(compat.trainable_pos_embed)
     vae = build_vae(config.vae.architecture())
     discriminator = build_discriminator(num_filters=config.discriminator_filters)
-    load_module_weights(vae, config.vae.weights)
-    load_module_weights(discriminator, config.discriminator_weights)
+    for module, weights in ((vae, config.vae.weights), (discriminator, config.discriminator_weights)):
+        if weights:
+            load_weights(module, read_state_dict(weights), weights)
     vae = vae.to(memory_format=torch.channels_last)
     discriminator = discriminator.to(memory_format=torch.channels_last)
     trained = train_network(sit, config, group, config.learning_rate)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -36,12 +37,15 @@ result = {
     "flags": flags.tolist(),
 }
 open(f"{sys.argv[1]}/{group.rank}.json", "w").write(json.dumps(result))
+group.barrier()
+group.accelerator.end_training()
 """
 
 
 def run_ranks(folder: Path, world: int) -> list[dict]:
     folder.mkdir()
-    port = 20000 + os.getpid() % 20000 + world
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
     processes = []
     for rank in range(world):
         extra = {
