@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from PIL import Image
@@ -39,7 +40,8 @@ class Tracker:
             os.environ.setdefault(name, value)
         import mlflow
 
-        logging.getLogger("mlflow.system_metrics").setLevel(logging.WARNING)
+        for chatty in ("system_metrics", "store.db.utils"):
+            logging.getLogger(f"mlflow.{chatty}").setLevel(logging.WARNING)
         self._mlflow = mlflow
         home = repae_home()
         self.uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}"
@@ -205,22 +207,15 @@ class StageRun:
 
     def log_inputs(self, inputs: Mapping[str, str], output: str) -> None:
         """URIs of what the stage read, also as MLflow datasets, and of what it writes."""
-        from mlflow.data.dataset_source_registry import resolve_dataset_source
-        from mlflow.data.meta_dataset import MetaDataset
-        from mlflow.entities import DatasetInput, InputTag
-        from mlflow.exceptions import MlflowException
+        from mlflow.entities import Dataset, DatasetInput, InputTag
 
         datasets = []
         for role, uri in inputs.items():
             self._client.set_tag(self.run_id, f"repae.input.{role}", uri)
             name, digest = uri.rsplit("/", 2)[1:]
-            try:
-                source = resolve_dataset_source(uri)
-            except MlflowException:  # MLflow knows folders, S3, GCS, ...; the tag names the others
-                continue
-            dataset = cast(Any, MetaDataset)(source, name=name, digest=digest)
-            tags = [InputTag("mlflow.data.context", role)]
-            datasets.append(DatasetInput(dataset._to_mlflow_entity(), tags))
+            scheme = uri.split("://")[0] if "://" in uri else "local"
+            dataset = Dataset(name, digest, source_type=scheme, source=json.dumps({"uri": uri}))
+            datasets.append(DatasetInput(dataset, [InputTag("mlflow.data.context", role)]))
         if datasets:
             self._client.log_inputs(self.run_id, datasets)
         self._client.set_tag(self.run_id, "repae.artifact", output)

@@ -48,7 +48,7 @@ def test_quickstart_in_short(tmp_path):
     states, artifacts = made(tmp_path)
     assert states == dict.fromkeys(STAGES, "made")
     assert all(artifact.verify() == [] for artifact in artifacts.values())
-    assert artifacts["train-repae"].manifest().workers == 1
+    assert artifacts["train-repae"].manifest().workers == 2
     rows = artifacts["evaluate"].read_json("metrics.json")["rows"]
     assert rows["untrained"]["fd_digits"] > 10
     assert rows["generated"]["fd_digits"] < 8
