@@ -87,7 +87,7 @@ def test_inception_architecture_from_a_file(tmp_path, monkeypatch):
     features = extractor([torch.zeros(1, 3, 32, 32, dtype=torch.uint8)])
     assert features.features.shape == (1, 2048)
     assert features.logits.shape == (1, 1008)
-    with pytest.raises(ValueError, match=r"empty\.pth: does not fit"):
+    with pytest.raises(ValueError, match=r"empty\.pth: not an Inception file"):
         build_extractor("inception", str(tmp_path / "empty.pth"))
 
 
