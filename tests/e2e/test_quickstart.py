@@ -14,9 +14,9 @@ from repae_core.artifacts import Artifact, Store, list_runs
 from repae_core.config import STAGES
 
 SHORT = [
-    "train_repae.vae_warmup_steps=100",
-    "train_repae.max_steps=100",
-    "train_ldm.max_steps=400",
+    "train_repae.vae_warmup_steps=80",
+    "train_repae.max_steps=60",
+    "train_ldm.max_steps=300",
     "generate.num_images=200",
     "generate.steps=20",
     "evaluate.vae_images=200",
@@ -59,8 +59,9 @@ def test_quickstart_in_short(tmp_path):
     assert grid.size[0] > 600
     repae(tmp_path, "run", *sets(SHORT))
     assert set(made(tmp_path)[0].values()) == {"skipped"}
-    assert "generate.guidance" not in repae(tmp_path, "plan", *sets(SHORT))
-    repae(tmp_path, "run", *sets([*SHORT, "generate.guidance=3.0"]))
+    other = sets([*SHORT, "generate.guidance=3.0"])
+    assert "guidance: 2.0 -> 3.0" in repae(tmp_path, "plan", *other)
+    repae(tmp_path, "run", *other)
     assert [n for n, s in made(tmp_path)[0].items() if s == "made"] == ["generate", "evaluate"]
 
 
@@ -81,7 +82,7 @@ def test_own_images(tmp_path):
     assert artifacts["preprocess"].read_json("index.json")["class_names"] == ["cats", "dogs", "x y", "Ähren"]
     short = [
         "train_repae.vae_warmup_steps=5", "train_repae.max_steps=5", "train_ldm.max_steps=10", "generate.num_images=8",
-        "generate.steps=3", "evaluate.vae_images=16",
+        "generate.steps=3", "evaluate.vae_images=16", "train_repae.workers=1", "train_ldm.workers=1",
     ]  # fmt: skip
     classes = ["train_repae.num_classes=4", "train_ldm.num_classes=4"]
     repae(tmp_path, "stage", "train-repae", *sets([*source, *short, *classes]))
