@@ -26,9 +26,9 @@ def execution(default: Any, description: str, **constraints: Any) -> Any:
 
 
 class Config(BaseModel):
-    """Base of all configs: frozen, no unknown keys."""
+    """Base of all configs: frozen, no unknown keys, no NaN or infinity (JSON has none)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
 def field_extra(field: FieldInfo) -> dict[str, Any]:

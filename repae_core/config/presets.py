@@ -56,7 +56,8 @@ def describe(error: ValidationError, source: str) -> str:
 
 def _did_you_mean(name: str) -> str:
     known = list(dotted_names(PipelineConfig))
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    siblings = [k for k in known if k.count(".") == name.count(".")]
+    close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.75)
     if not close:
         leaf = name.rpartition(".")[2]
         by_leaf = {k: k.rpartition(".")[2] for k in known}

@@ -24,6 +24,7 @@ def test_every_preset_resolves(name):
         ("preprocess.resolution=33", "not divisible by 4"),
         ("preprocess.resolution=36", "patch 2 does not divide the latent side 9"),
         ("generate.guidance_interval=[0.9,0.1]", "generate.guidance_interval: must be two times"),
+        ("generate.guidance=inf", "generate.guidance: Input should be a finite number"),
         ("generate.labels=cat", "generate.labels: must be `equal`, `random`, or a list"),
         ("train_repae.workers=5", "batch_size=48 is not divisible by workers=5"),
         ("compat=all", "must be `published`"),
