@@ -89,7 +89,9 @@ def test_a_killed_run_goes_on_from_the_last_checkpoint(place, how):
     program = [sys.executable, "-m", "flows.cli", "run", *settings]
     log = place / "log"
     with log.open("w") as errors:
-        process = subprocess.Popen(program, env=environment(place), cwd=place, stderr=errors)
+        process = subprocess.Popen(
+            program, env=environment(place), cwd=place, stderr=errors, preexec_fn=hear_interrupts
+        )
     store = Store(str(place / "store"))
     deadline = time.monotonic() + 250
     while not (found := [Artifact(store, "train-ldm", f) for f in store.folders("train-ldm")]) or not (
@@ -114,6 +116,11 @@ def test_a_killed_run_goes_on_from_the_last_checkpoint(place, how):
     history = artifact.read_bytes("metrics.jsonl").decode().splitlines()
     assert len(history) == 400
     assert servers(place) == []
+
+
+def hear_interrupts() -> None:
+    """A shell starts background jobs with SIGINT ignored, and children inherit that: CI may be such a job."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def servers(place: Path) -> list[psutil.Process]:
