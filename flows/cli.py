@@ -105,6 +105,43 @@ def verify(
     verify_artifacts(stage, store)
 
 
+@app.command(
+    "import",
+    epilog="Examples: `repae import 0400000.pt` · `repae import s3://bucket/0400000.pt --store s3://bucket/repae`",
+)
+def import_file(
+    file: Annotated[str, typer.Argument(help="Published joint or latent-only checkpoint (.pt), path or URI.")],
+    store: StoreOption = "",
+    trainable_pos_embed: Annotated[
+        bool, typer.Option("--trainable-pos-embed", help="Keep the position table's optimizer state (compat).")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Take a published REPA-E checkpoint into the store as an artifact of its training stage."""
+    from flows.interchange_command import import_published
+
+    import_published(file, store, trainable_pos_embed)
+
+
+@app.command(epilog="Examples: `repae export train-repae 0400000.pt` · `repae export train-ldm/ed87048b model.pt` · "
+             "`repae export extract-vae e2e-vae.pt`")  # fmt: skip
+def export(
+    artifact: Annotated[
+        str, typer.Argument(help="train-repae, train-ldm or extract-vae; /FINGERPRINT, or the latest.")
+    ],
+    file: Annotated[
+        str, typer.Argument(help="File to write; extract-vae adds -latents-stats and -discriminator-ckpt.")
+    ],
+    checkpoint: Annotated[str, typer.Option("--checkpoint", help="`last` or images seen.")] = "last",
+    store: StoreOption = "",
+    debug: Debug = False,
+) -> None:
+    """Write an artifact in the published REPA-E layout, for other people's code."""
+    from flows.interchange_command import export_published
+
+    export_published(artifact, file, checkpoint, store)
+
+
 @app.command(epilog="Example: `repae doctor --store s3://bucket/repae`")
 def doctor(store: StoreOption = "", debug: Debug = False) -> None:
     """What works on this machine, what is missing, and the remedy."""

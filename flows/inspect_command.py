@@ -33,7 +33,7 @@ def print_plan(preset: str, sets: Sequence[str], store: str, force: Sequence[str
 
 def print_runs(store: str) -> None:
     """One line a run."""
-    opened = _open(store)
+    opened = open_store(store)
     table = Table(title=f"runs in {opened.url}")
     for column in ("run", "kind", "status", "made", "skipped", "created"):
         table.add_column(column, no_wrap=column == "run")
@@ -48,7 +48,7 @@ def make_report(run: str, store: str, output: str) -> None:
     """Write `report.html` beside the run's record, and a copy where asked."""
     from tasks.report import render_report, write_report
 
-    opened = _open(store)
+    opened = open_store(store)
     record = load_run(opened, run)
     console = Console()
     console.print(f"Report   {write_report(opened, record)}", soft_wrap=True)
@@ -63,7 +63,7 @@ def verify_artifacts(stage: str, store: str) -> None:
     Raises:
         RuntimeError: something is broken; each problem was printed.
     """
-    opened, console = _open(store), Console()
+    opened, console = open_store(store), Console()
     problems = 0
     for name in [stage_name(stage)] if stage else STAGES:
         for fingerprint in opened.folders(name):
@@ -78,7 +78,8 @@ def verify_artifacts(stage: str, store: str) -> None:
         raise RuntimeError(f"{problems} broken file(s) in {opened.url}")
 
 
-def _open(store: str) -> Store:
+def open_store(store: str) -> Store:
+    """The store in force, checked."""
     opened = Store(store_url(load_config(), store), retry_seconds=10)
     opened.check()
     return opened

@@ -1,40 +1,78 @@
-"""Weights files: safetensors or .pth, local or remote; never unpickles code."""
+"""Weights files: safetensors or torch's, local or remote; never unpickles code."""
 
 from __future__ import annotations
 
-import io
+import argparse
 import pickle
+import re
+import warnings
+from collections.abc import Sequence
+from typing import Any
 
-import fsspec
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from repae_core.remote_files import local_copy, split_checksum
 
-def read_state_dict(path: str) -> dict[str, Tensor]:
-    """State dict of a safetensors or `.pth` file at a local path or any fsspec URL (s3://, https://, ...).
 
-    A `.pth` is read with `weights_only=True`. Tensors keep their type and are on the CPU.
+def read_torch_file(path: str) -> Any:
+    """Content of a file of `torch.save`, or the tensors of a `.safetensors` file; path, fsspec URL: see `local_copy`.
+
+    Read with `weights_only=True`: tensors, numbers, text and containers of them. Beyond torch's own list only
+    `argparse.Namespace` is let in, which published checkpoints keep their settings in. Tensors are on the CPU.
 
     Raises:
-        ValueError: one line naming the file: not found, not readable, or not a plain state dict.
+        ValueError: one line naming the file: not found, not readable, or holding code, which is not run.
     """
+    name, _ = split_checksum(path)
+    local = local_copy(path)
     try:
-        with fsspec.open(path, "rb") as file:
-            data = file.read()
-    except (OSError, ImportError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read ({' '.join(str(error).split()) or type(error).__name__})") from None
-    try:
-        if path.endswith(".safetensors"):
-            return load(data)
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"{path}: not a safetensors file or a plain torch state dict ({reason})") from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        if name.endswith(".safetensors"):
+            return load_file(local)
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*TorchScript archive", UserWarning)  # refused below, in one line
+            return torch.load(local, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        refused = re.search(r"GLOBAL (\S+)", str(error)) or re.search(r"Unsupported ([^\n]*)", str(error))
+        if refused:
+            raise ValueError(
+                f"{name}: refused, because reading it would run code ({refused[1]}); only tensors, numbers, text and "
+                "argparse.Namespace are read"
+            ) from None
+        raise ValueError(f"{name}: not a file of torch.save ({_reason(error)})") from None
+    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+        if "TorchScript" in str(error):
+            raise ValueError(
+                f"{name}: a TorchScript archive, which holds code; save its tensors once, where you trust it: "
+                "torch.save(torch.jit.load(file).state_dict(), 'weights.pt')"
+            ) from None
+        raise ValueError(f"{name}: damaged, or not a weights file ({_reason(error)})") from None
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def read_state_dict(path: str, *, within: Sequence[str] = ("state_dict",)) -> dict[str, Tensor]:
+    """State dict of a weights file; `within`: entries that it may be wrapped in, tried in order.
+
+    Raises:
+        ValueError: one line naming the file: as `read_torch_file`, or not a plain state dict.
+    """
+    state = read_torch_file(path)
+    for name in within:
+        if isinstance(state, dict) and isinstance(state.get(name), dict):
+            state = state[name]
+    if not is_state_dict(state):
         raise ValueError(f"{path}: holds no plain state dict of tensors")
-    return state
+    return dict(state)
+
+
+def is_state_dict(value: Any) -> bool:
+    """Whether a value is a non-empty mapping of names to tensors."""
+    return isinstance(value, dict) and bool(value) and all(isinstance(tensor, Tensor) for tensor in value.values())
 
 
 def load_weights(module: nn.Module, state: dict[str, Tensor], origin: str, *, assign: bool = False) -> None:

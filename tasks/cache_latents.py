@@ -19,8 +19,8 @@ def cache_latents(run: PipelineRun) -> dict[str, Any]:
 
 def execute(context: StageContext) -> StageOutcome:
     """The stage's work."""
+    from repae_core.artifact_models import load_vae
     from repae_core.data import ImageShards
-    from repae_core.generation.load import load_vae
     from repae_core.stages.cache_latents import cache_latents
 
     config, section = context.config, context.config.cache_latents

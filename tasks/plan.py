@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import fsspec
-
 from repae_core.artifacts import Artifact, Manifest, Store, fingerprint, resolve_reference
 from repae_core.config import STAGES, PipelineConfig, content_paths, output_fields, section_name
+from repae_core.remote_files import local_copy, sha256_of
 
 # Raised when a stage's output changes for the same config.
 VERSIONS = {
@@ -211,15 +209,11 @@ def _payload(config: PipelineConfig, stage: str, inputs: Mapping[str, Artifact])
 
 
 def file_sha256(path: str, field_name: str) -> str:
-    """sha256 of a local or remote file; ValueError naming the field when it cannot be read."""
-    digest = hashlib.sha256()
+    """sha256 of a local or remote file; ValueError naming the field when it cannot be read, or is not as given."""
     try:
-        with fsspec.open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    except OSError as error:
-        raise ValueError(f"{field_name}: cannot read {path} ({error.strerror or error})") from None
-    return digest.hexdigest()
+        return sha256_of(local_copy(path))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{field_name}: {error}") from None
 
 
 def _what_changed(planned: PlannedStage) -> str:

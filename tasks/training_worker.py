@@ -66,8 +66,8 @@ def _joint(config: Any, inputs: Mapping[str, Artifact], folder: Artifact, group:
 
 
 def _ldm(config: Any, inputs: Mapping[str, Artifact], folder: Artifact, group: Any) -> Any:
+    from repae_core.artifact_models import load_vae
     from repae_core.data import ImageShards, LatentShards
-    from repae_core.generation.load import load_vae
     from repae_core.training.ldm_run import LDMRun
 
     images = ImageShards(inputs["images"]) if "images" in inputs else None

@@ -1,4 +1,4 @@
-"""Reading the checkpoints of a training artifact: `checkpoints/<images_seen>/`, whole when `commit.json` says so."""
+"""The checkpoints of a training artifact: `checkpoints/<images_seen>/`, whole when `commit.json` says so."""
 
 from __future__ import annotations
 
@@ -21,6 +21,15 @@ def committed_checkpoints(folder: Artifact) -> list[int]:
             if all(present.get(f"{FOLDER}/{images}/{f['name']}") == f["bytes"] for f in files):
                 whole.append(int(images))
     return sorted(whole)
+
+
+def commit_checkpoint(folder: Artifact, name: str) -> None:
+    """Write `commit.json` with size and hash of every file of the checkpoint folder `name`: now it counts."""
+    files = []
+    for leaf, size in sorted(folder.files(name).items()):
+        if leaf != "commit.json":
+            files.append({"name": leaf, "bytes": size, "sha256": folder.sha256(f"{name}/{leaf}")})
+    folder.write_json(f"{name}/commit.json", {"files": files})
 
 
 def resolve_checkpoint(folder: Artifact, which: str = "last") -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 
@@ -29,6 +30,7 @@ VAE_ARCHITECTURES: dict[str, dict[str, Any]] = {
         "latent_channels": 4,
         "attn_lowest": False,
         "norm_groups": 32,
+        "quant_conv": True,
     },
     "f16d32": {
         "base_channels": 128,
@@ -37,6 +39,7 @@ VAE_ARCHITECTURES: dict[str, dict[str, Any]] = {
         "latent_channels": 32,
         "attn_lowest": True,
         "norm_groups": 32,
+        "quant_conv": True,
     },
 }
 
@@ -47,3 +50,40 @@ def parse_sit_name(name: str) -> tuple[SiTSize, int]:
     if not name.startswith("SiT-") or size not in SIT_SIZES or patch not in ("1", "2", "4", "8"):
         raise ValueError(f"unknown model {name!r}; known: SiT-{{{','.join(SIT_SIZES)}}}/{{1,2,4,8}}")
     return SIT_SIZES[size], int(patch)
+
+
+def diffusers_architecture(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Our VAE's numbers for the `config.json` of a diffusers `AutoencoderKL` (SD, SD 3.5, FLUX and their like).
+
+    Raises:
+        ValueError: an entry that our autoencoder cannot express, or that is missing.
+    """
+    if config.get("_class_name") != "AutoencoderKL":
+        raise ValueError(f"_class_name is {config.get('_class_name')!r}, not 'AutoencoderKL'")
+    missing = [name for name in ("block_out_channels", "layers_per_block", "latent_channels") if name not in config]
+    if missing:
+        raise ValueError(f"no {missing[0]}")
+    widths = config["block_out_channels"]
+    down = config.get("down_block_types", ["DownEncoderBlock2D"] * len(widths))
+    attentive = [name.startswith("Attn") for name in down]
+    quant, post_quant = config.get("use_quant_conv", True), config.get("use_post_quant_conv", True)
+    refusals = {
+        "block_out_channels": any(width % widths[0] for width in widths),
+        "down_block_types": any(attentive[:-1]) or not all(name.endswith("DownEncoderBlock2D") for name in down),
+        "use_post_quant_conv": quant != post_quant,
+        "mid_block_add_attention": not config.get("mid_block_add_attention", True),
+        "act_fn": config.get("act_fn", "silu") != "silu",
+        "in_channels": config.get("in_channels", 3) != 3 or config.get("out_channels", 3) != 3,
+    }
+    for name, refused in refusals.items():
+        if refused:
+            raise ValueError(f"{name}={config.get(name)} is not supported")
+    return {
+        "base_channels": widths[0],
+        "channel_multipliers": tuple(width // widths[0] for width in widths),
+        "num_res_blocks": config["layers_per_block"],
+        "latent_channels": config["latent_channels"],
+        "attn_lowest": attentive[-1],
+        "norm_groups": config.get("norm_num_groups", 32),
+        "quant_conv": quant,
+    }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, Literal
 
+import fsspec
 from pydantic import field_validator, model_validator
 
-from repae_core.config.architectures import VAE_ARCHITECTURES, parse_sit_name
+from repae_core.config.architectures import VAE_ARCHITECTURES, diffusers_architecture, parse_sit_name
 from repae_core.config.fields import Config, execution, output
 
 SiTName = Literal[
@@ -19,7 +21,11 @@ SiTName = Literal[
 
 
 class VAEConfig(Config):
-    """The KL autoencoder; `f8d4` or `f16d32` in place of the section fills in a published architecture."""
+    """The KL autoencoder.
+
+    `f8d4` or `f16d32` in place of the section fills in a published architecture; `{diffusers: folder}` the numbers and
+    weights of a diffusers `AutoencoderKL`.
+    """
 
     base_channels: int = output(128, "Width of the first level, channels", ge=1)
     channel_multipliers: tuple[int, ...] = output((1, 2, 4, 4), "Width of each level over base_channels")
@@ -27,11 +33,17 @@ class VAEConfig(Config):
     latent_channels: int = output(4, "Channels of the latent grid", ge=1)
     attn_lowest: bool = output(False, "Self-attention also in the lowest level (f16d32)")
     norm_groups: int = output(32, "Groups of every GroupNorm; must divide all widths", ge=1)
-    weights: str = output("", "Initial weights: path or URI of a safetensors file; empty = random", content=True)
+    quant_conv: bool = output(True, "1x1 convolutions around the latent (FLUX, SD 3.5: off)")
+    weights: str = output(
+        "", "Initial weights: path or URI (CompVis or diffusers names, or a published checkpoint); empty = random",
+        content=True,
+    )  # fmt: skip
 
     @model_validator(mode="before")
     @classmethod
     def _named_architecture(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "diffusers" in value:
+            return _diffusers_folder(**value)
         if isinstance(value, str):
             if value not in VAE_ARCHITECTURES:
                 raise ValueError(
@@ -58,6 +70,18 @@ class VAEConfig(Config):
     def architecture(self) -> dict[str, Any]:
         """Keyword arguments of `build_vae`."""
         return self.model_dump(exclude={"weights"})
+
+
+def _diffusers_folder(diffusers: str, **others: Any) -> dict[str, Any]:
+    folder = str(diffusers).rstrip("/")
+    try:
+        with fsspec.open(f"{folder}/config.json", "rb") as file:
+            values = diffusers_architecture(json.load(file))
+    except (OSError, ImportError) as error:
+        raise ValueError(f"diffusers: cannot read {folder}/config.json ({error})") from None
+    except ValueError as error:
+        raise ValueError(f"diffusers: {folder}/config.json: {error}") from None
+    return values | {"weights": f"{folder}/diffusion_pytorch_model.safetensors"} | others
 
 
 class TrainingConfig(Config):
@@ -159,6 +183,9 @@ class TrainRepaeConfig(TrainingConfig):
     discriminator_weights: str = output("", "Initial discriminator weights; empty = random", content=True)
     lecam_weight: float = output(0.0, "Weight of the LeCam regulariser", ge=0)
     lecam_decay: float = output(0.999, "EMA decay of LeCam's logits", ge=0, lt=1)
+    latent_stats: str = output(
+        "", "File of the first latent statistics (latents_scale, latents_bias); empty = measured", content=True
+    )
     latent_stats_images: int = output(10_000, "Images on which the first latent statistics are measured", ge=2)
 
     @property

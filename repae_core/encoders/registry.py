@@ -35,8 +35,10 @@ class EncoderSpec:
     final_norm: bool = True
 
 
+_HALF = (0.5, 0.5, 0.5)
+
 ENCODERS = {
-    DIGITS_VIT: EncoderSpec("", "", VIT_DIM, VIT_PATCH, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
+    DIGITS_VIT: EncoderSpec("", "", VIT_DIM, VIT_PATCH, mean=_HALF, std=_HALF),
     "dinov2-vit-b": EncoderSpec("vit_base_patch14_dinov2", "lvd142m", 768, 14),
     "dinov2-vit-l": EncoderSpec("vit_large_patch14_dinov2", "lvd142m", 1024, 14),
     "dinov2-vit-g": EncoderSpec("vit_giant_patch14_dinov2", "lvd142m", 1536, 14),
@@ -55,6 +57,13 @@ ENCODERS = {
         final_norm=False,
     ),
     "jepa-vit-h": EncoderSpec("vit_huge_patch14_gap_224", "in1k_ijepa", 1280, 14),
+    "dinov3-vit-s": EncoderSpec("vit_small_patch16_dinov3", "lvd1689m", 384, 16),
+    "dinov3-vit-b": EncoderSpec("vit_base_patch16_dinov3", "lvd1689m", 768, 16),
+    "dinov3-vit-l": EncoderSpec("vit_large_patch16_dinov3", "lvd1689m", 1024, 16),
+    "dinov3-vit-h": EncoderSpec("vit_huge_plus_patch16_dinov3", "lvd1689m", 1280, 16),
+    "siglip2-vit-b": EncoderSpec("vit_base_patch16_siglip_256", "v2_webli", 768, 16, mean=_HALF, std=_HALF),
+    "siglip2-vit-l": EncoderSpec("vit_large_patch16_siglip_256", "v2_webli", 1024, 16, mean=_HALF, std=_HALF),
+    "siglip2-vit-so400m": EncoderSpec("vit_so400m_patch16_siglip_256", "v2_webli", 1152, 16, mean=_HALF, std=_HALF),
 }
 
 

@@ -73,7 +73,8 @@ def build_encoder(
 ) -> FrozenEncoder:
     """The frozen encoder `name` for a grid of `grid` x `grid` tokens (SiT's grid side).
 
-    weights: a local or remote safetensors or .pth file in timm's format. None: timm's hub, for `digits-vit` the
+    weights: a local or remote safetensors or .pth file in timm's or the original authors' layout (DINO, DINOv2,
+    MoCo v3, MAE, OpenAI CLIP, I-JEPA), `#sha256=<hex>` behind it if known. None: timm's hub, for `digits-vit` the
     committed file. The position table is resampled once, here. `.dim` and `.grid` give the features' shape.
     spatial_norm: see `spatial_normalize`; None = off.
 

@@ -1,52 +1,14 @@
-"""Models out of artifacts: the VAE of extract-vae, the SiT of a checkpoint, or both as a Generator."""
+"""A Generator out of artifacts or published checkpoints."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load as load_safetensors
-from torch import Tensor
-
-from repae_core.artifacts import Artifact, Store
-from repae_core.artifacts.checkpoints import FOLDER, read_record, resolve_checkpoint
+from repae_core.artifact_models import load_latent_stats, load_sit, load_vae, open_artifact_uri
+from repae_core.artifacts import Artifact
 from repae_core.generation.generator import Generator, SamplerSettings
-from repae_core.models import KLVAE, SiT, build_vae
-
-
-def open_artifact_uri(uri: str | Path) -> Artifact:
-    """The artifact at `{store}/{stage}/{fingerprint}`; ValueError when it is not a whole artifact."""
-    parts = str(uri).rstrip("/").rsplit("/", 2)
-    if len(parts) != 3:
-        raise ValueError(f"{uri}: not an artifact folder (store/stage/fingerprint)")
-    artifact = Artifact(Store(parts[0]), parts[1], parts[2])
-    if not artifact.is_whole():
-        raise ValueError(f"{uri}: not a finished artifact (no manifest.json, or files are missing)")
-    return artifact
-
-
-def load_vae(artifact: Artifact) -> KLVAE:
-    """The VAE of an extract-vae artifact, in eval mode."""
-    vae = build_vae(artifact.read_json("vae.json"))
-    vae.load_state_dict(load_safetensors(artifact.read_bytes("vae.safetensors")))
-    return vae.eval().requires_grad_(False)
-
-
-def load_latent_stats(artifact: Artifact) -> tuple[Tensor, Tensor]:
-    """Measured (scale, bias) [C] of an extract-vae or cache-latents artifact, float64."""
-    stats = artifact.read_json("latent_stats.json")
-    return torch.tensor(stats["scale"], dtype=torch.float64), torch.tensor(stats["bias"], dtype=torch.float64)
-
-
-def load_sit(artifact: Artifact, checkpoint: str = "last", weights: str = "ema") -> tuple[SiT, dict[str, Any]]:
-    """SiT of a training artifact (`ema` or `raw` weights) and its checkpoint's record."""
-    images_seen = resolve_checkpoint(artifact, checkpoint)
-    record = read_record(artifact, images_seen)
-    sit = SiT(**record["sit"])
-    name = "ema" if weights == "ema" else "sit"
-    sit.load_state_dict(load_safetensors(artifact.read_bytes(f"{FOLDER}/{images_seen}/{name}.safetensors")))
-    return sit.eval().requires_grad_(False), record
+from repae_core.interop import load_reference_checkpoint
 
 
 def build_generator(
@@ -60,23 +22,31 @@ def build_generator(
     return Generator(sit, load_vae(vae), SamplerSettings(path=record["path"], **settings))
 
 
-def load_model(uri: str | Path, **settings: Any) -> Generator:
-    """The model of a `generate` or `train-ldm` artifact, ready to `.sample(labels, seed=...)` in a notebook.
+def load_model(uri: str | Path, *, vae: str | Path | None = None, **settings: Any) -> Generator:
+    """A trained model, ready to `.sample(labels, seed=...)` in a notebook.
 
-    uri: the artifact's folder; settings: fields of SamplerSettings, e.g. guidance=2.0.
+    uri: the folder of a `generate` or `train-ldm` artifact, or a published `.pt` checkpoint; vae: for a latent-only
+    `.pt`, the file of its VAE; settings: fields of SamplerSettings, e.g. guidance=2.0.
 
     Raises:
-        ValueError: not a whole artifact of these stages, or its inputs are not in the same store.
+        ValueError: not a whole artifact of these stages, its inputs are not in the same store, or a `.pt` that is no
+            checkpoint or needs a VAE.
     """
+    if str(uri).endswith((".pt", ".pth")):
+        return _published_model(str(uri), vae, settings)
     artifact = open_artifact_uri(uri)
     if artifact.stage not in ("train-ldm", "generate"):
         raise ValueError(f"{uri}: expected an artifact of train-ldm or generate, not of {artifact.stage}")
     manifest = artifact.manifest()
     assert manifest is not None
-    vae = manifest.inputs["vae"]
-    model = manifest.inputs["model"] if artifact.stage == "generate" else None
-    return build_generator(
-        Artifact(artifact.store, model.stage, model.fingerprint) if model else artifact,
-        Artifact(artifact.store, vae.stage, vae.fingerprint),
-        **settings,
-    )
+    inputs = {role: Artifact(artifact.store, entry.stage, entry.fingerprint) for role, entry in manifest.inputs.items()}
+    return build_generator(inputs["model"] if artifact.stage == "generate" else artifact, inputs["vae"], **settings)
+
+
+def _published_model(path: str, vae: str | Path | None, settings: dict[str, Any]) -> Generator:
+    checkpoint = load_reference_checkpoint(path)
+    decoder = checkpoint if vae is None else load_reference_checkpoint(vae)
+    if decoder.vae is None:
+        raise ValueError(f"{decoder.origin}: no VAE in it ({decoder.kind}); give the VAE's file as vae=")
+    settings = {"path": checkpoint.args.get("path_type", "linear")} | settings
+    return Generator(checkpoint.build_sit(), decoder.build_vae(), SamplerSettings(**settings))

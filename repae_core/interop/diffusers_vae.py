@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from repae_core.config.architectures import diffusers_architecture
 from repae_core.models import KLVAE, build_vae
+from repae_core.weights import load_weights, read_state_dict
 
 _ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+# Files written before diffusers 0.17.
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def export_diffusers_vae(vae: KLVAE, folder: str | Path, *, scale: Tensor, bias: Tensor, sample_size: int) -> None:
@@ -32,10 +39,12 @@ def export_diffusers_vae(vae: KLVAE, folder: str | Path, *, scale: Tensor, bias:
         layers_per_block=spec["num_res_blocks"],
         latent_channels=spec["latent_channels"],
         norm_num_groups=spec["norm_groups"],
+        use_quant_conv=spec["quant_conv"],
+        use_post_quant_conv=spec["quant_conv"],
         sample_size=sample_size,
         scaling_factor=1.0,
-        latents_mean=[float(v) for v in bias],
-        latents_std=[float(1 / v) for v in scale],
+        latents_mean=[float(v) for v in bias.flatten()],
+        latents_std=[float(1 / v) for v in scale.flatten()],
     )
     state = {}
     for name, tensor in vae.state_dict().items():
@@ -46,36 +55,54 @@ def export_diffusers_vae(vae: KLVAE, folder: str | Path, *, scale: Tensor, bias:
     model.save_pretrained(folder, safe_serialization=True)
 
 
-def import_diffusers_vae(folder: str | Path) -> tuple[KLVAE, dict[str, Any]]:
-    """A diffusers `AutoencoderKL` with quant convolutions as our KLVAE, and its latent statistics if stored.
+def import_diffusers_vae(folder: str | Path) -> tuple[KLVAE, dict[str, Tensor]]:
+    """A diffusers `AutoencoderKL` folder (local or URI) as our KLVAE, and its latent statistics if stored.
+
+    With or without quant convolutions, any number of channels: SD, SD 3.5, FLUX. Statistics: `scale` and `bias` [C] of
+    `latents_std` and `latents_mean`.
 
     Raises:
-        ValueError: an architecture that ours cannot express, naming the config entry.
+        ValueError: a missing file, or an architecture that ours cannot express, naming the config entry.
     """
-    model = AutoencoderKL.from_pretrained(folder, use_safetensors=True)
-    config = model.config
-    widths = config.block_out_channels
-    if not (config.use_quant_conv and config.use_post_quant_conv):
-        raise ValueError(f"{folder}: use_quant_conv is off; such a VAE is not supported yet")
-    if any(width % widths[0] for width in widths):
-        raise ValueError(f"{folder}: block_out_channels {tuple(widths)} are not multiples of the first")
-    vae = build_vae(
-        {
-            "base_channels": widths[0],
-            "channel_multipliers": tuple(width // widths[0] for width in widths),
-            "num_res_blocks": config.layers_per_block,
-            "latent_channels": config.latent_channels,
-            "attn_lowest": config.down_block_types[-1].startswith("Attn"),
-            "norm_groups": config.norm_num_groups,
-        }
-    )
-    theirs, ours = model.state_dict(), vae.state_dict()
-    state = {name: theirs[diffusers_name(name, len(widths))].reshape(t.shape) for name, t in ours.items()}
-    vae.load_state_dict(state)
+    folder = str(folder).rstrip("/")
+    try:
+        with fsspec.open(f"{folder}/config.json", "rb") as file:
+            config = json.load(file)
+        vae = build_vae(diffusers_architecture(config))
+    except OSError as error:
+        raise ValueError(f"{folder}/config.json: cannot be read ({error})") from None
+    except ValueError as error:
+        raise ValueError(f"{folder}/config.json: {error}") from None
+    weights = f"{folder}/diffusion_pytorch_model.safetensors"
+    load_weights(vae, from_diffusers(read_state_dict(weights), vae), weights)
     stats = {}
-    if config.latents_mean is not None and config.latents_std is not None:
-        stats = {"bias": torch.tensor(config.latents_mean), "scale": 1 / torch.tensor(config.latents_std)}
+    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+        stats = {"bias": torch.tensor(config["latents_mean"]), "scale": 1 / torch.tensor(config["latents_std"])}
     return vae, stats
+
+
+def is_diffusers_state(state: Mapping[str, Tensor]) -> bool:
+    """Whether a VAE's state dict has diffusers' names."""
+    return any(name.startswith("encoder.down_blocks.") for name in state)
+
+
+def from_diffusers(state: Mapping[str, Tensor], vae: KLVAE) -> dict[str, Tensor]:
+    """A state dict with diffusers' names under ours; names unknown to `vae` stay, for a strict load to refuse."""
+    ours = vae.state_dict()
+    levels = len(vae.spec["channel_multipliers"])
+    renamed = {diffusers_name(name, levels): name for name in ours}
+    converted = {}
+    for theirs, tensor in state.items():
+        old = re.search(r"attentions\.\d+\.(\w+)\.(?:weight|bias)$", theirs)
+        known = (
+            theirs.replace(f".{old[1]}.", f".{_OLD_ATTENTION[old[1]]}.") if old and old[1] in _OLD_ATTENTION else theirs
+        )
+        name = renamed.get(known, theirs)
+        wanted = ours.get(name)
+        if wanted is not None and wanted.numel() == tensor.numel():
+            tensor = tensor.reshape(wanted.shape)  # attention: linear layers there, 1x1 convolutions here
+        converted[name] = tensor.float()
+    return converted
 
 
 def diffusers_name(name: str, levels: int) -> str:

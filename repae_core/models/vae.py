@@ -169,6 +169,8 @@ class Decoder(nn.Module):
 class KLVAE(nn.Module):
     """Images in [-1,1] [B,3,H,W] <-> latents [B,C,h,w]; H and W are divisible by `downsample_factor`.
 
+    quant_conv: 1x1 convolutions around the latent; later models (FLUX, SD 3.5) have none.
+
     Raises:
         ValueError: norm_groups does not divide a width.
     """
@@ -183,6 +185,7 @@ class KLVAE(nn.Module):
         attn_lowest: bool = False,
         norm_groups: int = 32,
         in_channels: int = 3,
+        quant_conv: bool = True,
     ) -> None:
         super().__init__()
         self.spec: dict[str, Any] = {
@@ -193,6 +196,7 @@ class KLVAE(nn.Module):
             "attn_lowest": attn_lowest,
             "norm_groups": norm_groups,
             "in_channels": in_channels,
+            "quant_conv": quant_conv,
         }
         widths = [base_channels * m for m in channel_multipliers]
         for width in widths:
@@ -203,8 +207,9 @@ class KLVAE(nn.Module):
         parts = (widths, num_res_blocks, latent_channels, norm_groups, attn_lowest, in_channels)
         self.encoder = Encoder(*parts)
         self.decoder = Decoder(*parts)
-        self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
-        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
+        moments = 2 * latent_channels
+        self.quant_conv = nn.Conv2d(moments, moments, 1) if quant_conv else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if quant_conv else nn.Identity()
 
     def encode(self, x: Tensor) -> DiagonalGaussian:
         """Posterior of images [B,3,H,W] in [-1,1]."""

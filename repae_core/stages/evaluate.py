@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from repae_core.artifact_models import load_vae
 from repae_core.artifacts import Artifact
 from repae_core.data import ImageShards, batch_indices
 from repae_core.evaluation import (
@@ -27,7 +28,6 @@ from repae_core.evaluation import (
 )
 from repae_core.evaluation.grids import comparison_strip, png_bytes
 from repae_core.generation import Generator, SamplerSettings, to_uint8
-from repae_core.generation.load import load_vae
 from repae_core.models import KLVAE, SiT
 from repae_core.stages.generate import read_samples
 

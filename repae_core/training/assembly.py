@@ -11,6 +11,7 @@ from torch import Tensor
 from repae_core.config import CompatConfig, TrainingConfig, TrainRepaeConfig
 from repae_core.diffusion import Interpolant
 from repae_core.encoders import build_encoder, encoder_dim
+from repae_core.interop import load_vae_weights
 from repae_core.losses import LeCamEMA, build_perceptual
 from repae_core.models import SiT, build_discriminator, build_sit, build_vae
 from repae_core.training.distributed import Group
@@ -98,9 +99,11 @@ def new_joint_state(
     sit.pos_embed.requires_grad_(compat.trainable_pos_embed)
     vae = build_vae(config.vae.architecture())
     discriminator = build_discriminator(num_filters=config.discriminator_filters)
-    for module, weights in ((vae, config.vae.weights), (discriminator, config.discriminator_weights)):
-        if weights:
-            load_weights(module, read_state_dict(weights), weights)
+    if config.vae.weights:
+        load_vae_weights(vae, config.vae.weights)
+    if config.discriminator_weights:
+        state = read_state_dict(config.discriminator_weights, within=("state_dict", "discriminator"))
+        load_weights(discriminator, state, config.discriminator_weights)
     vae = vae.to(memory_format=torch.channels_last)
     discriminator = discriminator.to(memory_format=torch.channels_last)
     trained = train_network(sit, config, group, config.learning_rate)

@@ -16,7 +16,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from repae_core.artifacts import Artifact
-from repae_core.artifacts.checkpoints import FOLDER, committed_checkpoints
+from repae_core.artifacts.checkpoints import FOLDER, commit_checkpoint, committed_checkpoints
 from repae_core.training.state import JointState, LDMState
 
 
@@ -46,7 +46,7 @@ def save_checkpoint(
     group.barrier()
     if group.is_main:
         guard()
-        _commit(folder, name)
+        commit_checkpoint(folder, name)
         _prune(folder, keep)
 
 
@@ -59,7 +59,7 @@ def load_checkpoint(folder: Artifact, images_seen: int, state: LDMState) -> dict
     """
     name = f"{FOLDER}/{images_seen}"
     record: dict[str, Any] = folder.read_json(f"{name}/state.json")
-    if record["world_size"] != state.group.world_size:
+    if record["world_size"] not in (None, state.group.world_size):
         raise ValueError(
             f"{folder.uri}: checkpoint {images_seen} was written by {record['world_size']} worker(s), this run has "
             f"{state.group.world_size}; set workers={record['world_size']}, or --force the stage to start anew"
@@ -70,11 +70,12 @@ def load_checkpoint(folder: Artifact, images_seen: int, state: LDMState) -> dict
         blob = io.BytesIO(folder.read_bytes(f"{name}/{network}.optimizer.pt"))
         saved = torch.load(blob, map_location=state.device, weights_only=True)
         trained.optimizer.load_state_dict(saved["optimizer"])
-        trained.scaler.load_state_dict(saved["scaler"])
+        if saved["scaler"]:
+            trained.scaler.load_state_dict(saved["scaler"])
     if isinstance(state, JointState):
-        if state.lecam is not None:
+        if state.lecam is not None and "lecam" in record:
             state.lecam.load_state_dict(record["lecam"])
-        if state.group.world_size > 1:
+        if state.group.world_size > 1 and record["world_size"] is not None:
             buffers = load_safetensors(folder.read_bytes(f"{name}/rank{state.group.rank}.safetensors"))
             state.discriminator.module.load_state_dict(buffers, strict=False)
     state.step = record["step"]
@@ -88,14 +89,6 @@ def named_modules(state: LDMState) -> dict[str, nn.Module]:
 
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def _commit(folder: Artifact, name: str) -> None:
-    files = []
-    for leaf, size in sorted(folder.files(name).items()):
-        if leaf != "commit.json":
-            files.append({"name": leaf, "bytes": size, "sha256": folder.sha256(f"{name}/{leaf}")})
-    folder.write_json(f"{name}/commit.json", {"files": files})
 
 
 def _prune(folder: Artifact, keep: int) -> None:

@@ -10,6 +10,7 @@ import torch
 from repae_core.artifacts import Artifact
 from repae_core.config import PipelineConfig
 from repae_core.data import ImageShards, batch_indices
+from repae_core.interop import read_latent_stats
 from repae_core.training.assembly import Encoders, joint_objective, new_joint_state
 from repae_core.training.distributed import Group
 from repae_core.training.draws import Draws
@@ -60,10 +61,13 @@ class JointRun(TrainingRun):
         return repae_step(self.state, *item, self.joint_objective, rate_factor=self.rate_factor(index - warmup))
 
     def start_latent_norm(self) -> None:
-        """Measured statistics of the VAE's latents become the latent norm's first running statistics."""
-        count = min(self.joint.latent_stats_images, self.num_items)
-        chosen = batch_indices(self.num_items, seed=self.config.seed, images_seen=0, batch_size=count)
-        scale, bias = measure_latents(self.state.vae.module, self.images, chosen)
+        """Given statistics, else measured ones of the VAE's latents, become the latent norm's first running ones."""
+        if self.joint.latent_stats:
+            scale, bias = read_latent_stats(self.joint.latent_stats)
+        else:
+            count = min(self.joint.latent_stats_images, self.num_items)
+            chosen = batch_indices(self.num_items, seed=self.config.seed, images_seen=0, batch_size=count)
+            scale, bias = measure_latents(self.state.vae.module, self.images, chosen)
         for sit in (self.state.sit.module, self.state.ema):
             sit.set_latent_stats(scale=scale, bias=bias)
 

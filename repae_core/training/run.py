@@ -68,7 +68,7 @@ class TrainingRun(ABC):
             keep_checkpoints=s.keep_checkpoints,
             preview_every=s.preview_every,
         )
-        record = record | self.specs()
+        record = record | self.specs() | {"batch_size": s.batch_size}
         loop = TrainingLoop(self.state, self.folder, settings, record=record, report=report, guard=guard)
         if not loop.restore() and init_from is not None:
             loop.restore(init_from)

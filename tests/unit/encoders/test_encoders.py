@@ -86,10 +86,10 @@ def test_bad_files(tmp_path, vit_tiny):
     torch.save([1, 2], tmp_path / "list.pth")
     for path, message in (
         (tmp_path / "no.safetensors", "cannot be read"),
-        (tmp_path / "code.pth", "not a safetensors file or a plain torch state dict"),
-        (tmp_path / "text.safetensors", "not a safetensors file or a plain torch state dict"),
+        (tmp_path / "code.pth", "refused, because reading it would run code"),
+        (tmp_path / "text.safetensors", "damaged, or not a weights file"),
         (tmp_path / "list.pth", "holds no plain state dict"),
-        (vit_tiny, "does not fit the model"),
+        (vit_tiny, "its patch embedding is"),
     ):
         with pytest.raises(ValueError, match=message) as caught:
             build_encoder("digits-vit", str(path), grid=4)

@@ -7,7 +7,6 @@ from safetensors.torch import load as load_safetensors
 from repae_core.artifacts import Artifact, Store
 from repae_core.artifacts.checkpoints import committed_checkpoints, resolve_checkpoint
 from repae_core.config import PipelineConfig
-from repae_core.data import ImageShards, open_source, preprocess_images
 from repae_core.diffusion import Interpolant
 from repae_core.training.distributed import open_group
 from repae_core.training.draws import sample_draws
@@ -15,14 +14,6 @@ from repae_core.training.joint_run import JointRun
 from repae_core.training.optim import Network, rate_factor
 from repae_core.training.precision import NonFiniteLossError, require_finite
 from repae_core.training.repae_step import repae_step
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    folder = tiny.write_images(tmp_path_factory.mktemp("images") / "digits")
-    made = Artifact(Store(str(tmp_path_factory.mktemp("store"))), "preprocess", "test")
-    preprocess_images(open_source(str(folder)), made, resolution=32, images_per_shard=16, seed=0)
-    return ImageShards(made)
 
 
 @pytest.fixture
