@@ -166,6 +166,10 @@ class TrainRepaeConfig(TrainingConfig):
     """Joint training of the VAE and SiT: the REPA-E step (system.md section 3)."""
 
     vae: VAEConfig = output(VAEConfig(), "The VAE that is tuned: `f8d4`, `f16d32` or its numbers")
+    vae_training: Literal["repa-e", "frozen", "naive"] = output(
+        "repa-e",
+        "What reaches the VAE in joint steps: alignment only (REPA-E), nothing (REPA), or the diffusion loss too",
+    )
     vae_warmup_steps: int = output(0, "Steps that train the VAE alone first (reconstruction, LPIPS, KL)", ge=0)
     vae_warmup_learning_rate: float | None = output(None, "Rate of the warm-up; none = vae_learning_rate", gt=0)
     vae_learning_rate: float = output(1e-4, "AdamW learning rate of the VAE", gt=0)
@@ -187,6 +191,12 @@ class TrainRepaeConfig(TrainingConfig):
         "", "File of the first latent statistics (latents_scale, latents_bias); empty = measured", content=True
     )
     latent_stats_images: int = output(10_000, "Images on which the first latent statistics are measured", ge=2)
+
+    @model_validator(mode="after")
+    def _one_scaler(self) -> TrainRepaeConfig:
+        if self.vae_training == "naive" and self.mixed_precision == "fp16":
+            raise ValueError("vae_training=naive sums two losses' gradients, which fp16 scales apart; use bf16 or no")
+        return self
 
     @property
     def total_steps(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
@@ -21,7 +22,13 @@ class LatentNorm(nn.BatchNorm2d):
 
     def forward(self, z: Tensor) -> Tensor:
         """Normalise z [B,C,H,W]."""
-        if not (self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        if not self.training:
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            # Copies: batch_norm keeps the buffers for its backward pass, which may come after their next update.
+            mean, var = self.running_mean.clone(), self.running_var.clone()
+            return F.batch_norm(z, mean, var, training=False, eps=self.eps)
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return super().forward(z)
         count = torch.tensor([z.numel() / z.shape[1]], device=z.device, dtype=torch.float32)
         z32 = z.float()

@@ -11,6 +11,7 @@ from repae_core.artifacts import Artifact
 from repae_core.config import PipelineConfig
 from repae_core.data import ImageShards, batch_indices
 from repae_core.interop import read_latent_stats
+from repae_core.training.ablation_steps import frozen_vae_step, naive_end_to_end_step
 from repae_core.training.assembly import Encoders, joint_objective, new_joint_state
 from repae_core.training.distributed import Group
 from repae_core.training.draws import Draws
@@ -19,6 +20,8 @@ from repae_core.training.previews import write_previews
 from repae_core.training.repae_step import repae_step, vae_warmup_step
 from repae_core.training.run import TrainingRun
 from repae_core.training.state import Batch, JointState, Metrics
+
+STEPS = {"repa-e": repae_step, "frozen": frozen_vae_step, "naive": naive_end_to_end_step}
 
 
 class JointRun(TrainingRun):
@@ -58,7 +61,8 @@ class JointRun(TrainingRun):
             return vae_warmup_step(self.state, *item, self.joint_objective, rate_factor=factor)
         if index == warmup:
             self.start_latent_norm()
-        return repae_step(self.state, *item, self.joint_objective, rate_factor=self.rate_factor(index - warmup))
+        step = STEPS[self.joint.vae_training]
+        return step(self.state, *item, self.joint_objective, rate_factor=self.rate_factor(index - warmup))
 
     def start_latent_norm(self) -> None:
         """Given statistics, else measured ones of the VAE's latents, become the latent norm's first running ones."""

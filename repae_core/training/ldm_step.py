@@ -5,7 +5,7 @@ from __future__ import annotations
 from repae_core.training.draws import Draws
 from repae_core.training.ema import update_ema
 from repae_core.training.precision import require_finite
-from repae_core.training.repae_step import sit_phase
+from repae_core.training.repae_step import sit_loss
 from repae_core.training.state import Batch, FlowObjective, LDMState, Metrics
 
 
@@ -18,7 +18,8 @@ def ldm_step(
         NonFiniteLossError: a loss term is NaN or infinite on some rank; nothing was updated.
     """
     assert batch.latents is not None
-    metrics = sit_phase(state, batch.latents, batch, draws, objective, train_norm=False)
+    loss, metrics = sit_loss(state, batch.latents, batch, draws, objective, train_norm=False)
+    state.sit.backward(loss)
     require_finite(metrics, state.group)
     metrics["grad_norm_sit"] = state.sit.step(objective.max_grad_norm, rate_factor)
     update_ema(state.ema, state.sit.module, objective.ema_decay)

@@ -36,19 +36,31 @@ def repae_step(
     x = batch.images.float() / 127.5 - 1  # [B,3,H,W] in [-1,1]
     posterior, z, recon = state.vae.forward(x, draws.posterior_noise)
 
-    metrics = vae_phase(state, x, posterior, z, recon, batch, draws, objective)
+    loss, metrics = vae_loss(state, x, posterior, z, recon, batch, draws, objective)
+    state.vae.backward(loss)
     metrics |= discriminator_phase(state, x, recon.detach(), objective)
-    metrics |= sit_phase(state, z.detach(), batch, draws, objective, train_norm=True)
+    loss, sit_metrics = sit_loss(state, z.detach(), batch, draws, objective, train_norm=True)
+    state.sit.backward(loss)
 
+    metrics |= sit_metrics
+    apply_updates(state, metrics, objective, rate_factor)
+    return metrics
+
+
+def apply_updates(state: JointState, metrics: Metrics, objective: JointObjective, rate_factor: float) -> None:
+    """Clip and step every network, then the moving average; the gradient norms join `metrics`.
+
+    Raises:
+        NonFiniteLossError: a loss term is NaN or infinite on some rank; nothing was updated.
+    """
     require_finite(metrics, state.group)
     for name, network in state.networks().items():
         metrics[f"grad_norm_{name}"] = network.step(objective.max_grad_norm, rate_factor)
     update_ema(state.ema, state.sit.module, objective.ema_decay)
     state.step += 1
-    return metrics
 
 
-def vae_phase(
+def vae_loss(
     state: JointState,
     x: Tensor,
     posterior: DiagonalGaussian,
@@ -57,8 +69,8 @@ def vae_phase(
     batch: Batch,
     draws: Draws,
     objective: JointObjective,
-) -> Metrics:
-    """Gradient of the VAE: reconstruction, KL, adversarial, and the alignment that reaches it through frozen SiT."""
+) -> tuple[Tensor, Metrics]:
+    """L_vae: reconstruction, KL, adversarial, and the alignment that reaches the VAE through frozen SiT."""
     sit, discriminator = state.sit.module, state.discriminator.module
     adversarial = objective.discriminator_weight * (state.step >= objective.discriminator_start)
     with frozen(sit, discriminator):
@@ -71,8 +83,7 @@ def vae_phase(
         metrics["vae_align_loss"] = alignment_loss(batch.features, projections)
         loss = loss + adversarial * metrics["gan_loss"]
         loss = loss + objective.vae_align_proj_coeff * metrics["vae_align_loss"]
-        state.vae.backward(loss)
-    return {name: value.detach() for name, value in metrics.items()} | {"vae_loss": loss.detach()}
+    return loss, {name: value.detach() for name, value in metrics.items()} | {"vae_loss": loss.detach()}
 
 
 def discriminator_phase(state: JointState, x: Tensor, recon: Tensor, objective: JointObjective) -> Metrics:
@@ -89,10 +100,10 @@ def discriminator_phase(state: JointState, x: Tensor, recon: Tensor, objective: 
     return {name: value.detach() for name, value in metrics.items()}
 
 
-def sit_phase(
+def sit_loss(
     state: LDMState, z: Tensor, batch: Batch, draws: Draws, objective: FlowObjective, *, train_norm: bool
-) -> Metrics:
-    """Gradient of SiT: flow matching and alignment, with labels dropped.
+) -> tuple[Tensor, Metrics]:
+    """L_sit: flow matching and alignment, with labels dropped.
 
     `train_norm`: the latent norm takes the global batch's statistics and updates its running ones (joint
     step); off: fixed statistics (latent-only step).
@@ -107,8 +118,7 @@ def sit_phase(
     flow = flow_matching_loss(v_pred, v_target)
     align = alignment_loss(batch.features, projections)
     loss = flow + objective.proj_coeff * align
-    state.sit.backward(loss)
-    return {"flow_loss": flow.detach(), "align_loss": align.detach(), "sit_loss": loss.detach()}
+    return loss, {"flow_loss": flow.detach(), "align_loss": align.detach(), "sit_loss": loss.detach()}
 
 
 def vae_warmup_step(

@@ -1,0 +1,49 @@
+"""Steps REPA-E is compared with: a frozen VAE (plain REPA), naive end-to-end training (system.md section 3)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from repae_core.training.draws import Draws
+from repae_core.training.ldm_step import ldm_step
+from repae_core.training.repae_step import apply_updates, discriminator_phase, sit_loss, vae_loss
+from repae_core.training.state import Batch, JointObjective, JointState, Metrics
+
+
+def frozen_vae_step(
+    state: JointState, batch: Batch, draws: Draws, objective: JointObjective, *, rate_factor: float = 1.0
+) -> Metrics:
+    """SiT alone on latents of the VAE as it is; its latent norm keeps the statistics it started with (plain REPA).
+
+    Raises:
+        NonFiniteLossError: a loss term is NaN or infinite on some rank; nothing was updated.
+    """
+    assert batch.images is not None
+    with torch.no_grad():
+        posterior = state.vae.module.encode(batch.images.float() / 127.5 - 1)
+        z = posterior.sample(noise=draws.posterior_noise)
+    return ldm_step(state, dataclasses.replace(batch, latents=z), draws, objective, rate_factor=rate_factor)
+
+
+def naive_end_to_end_step(
+    state: JointState, batch: Batch, draws: Draws, objective: JointObjective, *, rate_factor: float = 1.0
+) -> Metrics:
+    """The joint step with the diffusion loss also reaching the VAE: z is not detached, nor the batch's statistics.
+
+    The gradients of L_vae and L_sit are summed before the VAE's one clip and step.
+
+    Raises:
+        NonFiniteLossError: a loss term is NaN or infinite on some rank; nothing was updated.
+    """
+    assert batch.images is not None
+    x = batch.images.float() / 127.5 - 1
+    posterior, z, recon = state.vae.forward(x, draws.posterior_noise)
+    of_vae, metrics = vae_loss(state, x, posterior, z, recon, batch, draws, objective)
+    of_sit, sit_metrics = sit_loss(state, z, batch, draws, objective, train_norm=True)
+    # One pass: the two losses share the graph of z, and DDP reduces a network's gradient once.
+    state.vae.backward(of_vae + of_sit)
+    metrics |= discriminator_phase(state, x, recon.detach(), objective) | sit_metrics
+    apply_updates(state, metrics, objective, rate_factor)
+    return metrics
