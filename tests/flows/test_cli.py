@@ -10,7 +10,7 @@ from PIL import Image
 
 from flows import cli
 
-COMMANDS = ["run", "stage", "plan", "runs", "report", "verify", "doctor"]
+COMMANDS = ["run", "stage", "plan", "runs", "report", "verify", "import", "export", "doctor"]
 
 
 @pytest.fixture
