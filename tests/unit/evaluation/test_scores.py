@@ -87,8 +87,11 @@ def test_inception_architecture_from_a_file(tmp_path, monkeypatch):
     features = extractor([torch.zeros(1, 3, 32, 32, dtype=torch.uint8)])
     assert features.features.shape == (1, 2048)
     assert features.logits.shape == (1, 1008)
-    with pytest.raises(ValueError, match=r"empty\.pth: not an Inception file"):
+    with pytest.raises(ValueError, match=r"empty\.pth: holds no plain state dict"):
         build_extractor("inception", str(tmp_path / "empty.pth"))
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"other\.pth: not an Inception file"):
+        build_extractor("inception", str(tmp_path / "other.pth"))
 
 
 def test_extractor_errors():
