@@ -192,6 +192,11 @@ class TrainRepaeConfig(TrainingConfig):
     )
     latent_stats_images: int = output(10_000, "Images on which the first latent statistics are measured", ge=2)
 
+    @field_validator("perceptual_loss", mode="before")
+    @classmethod
+    def _no_network(cls, value: Any) -> Any:
+        return "none" if value is None else value  # `--set` and YAML read none/null as nothing
+
     @model_validator(mode="after")
     def _one_scaler(self) -> TrainRepaeConfig:
         if self.vae_training == "naive" and self.mixed_precision == "fp16":

@@ -17,6 +17,7 @@ T = load_file(DATA / "utils.safetensors")
 J = json.loads((DATA / "utils.json").read_text())
 FAMILIES = {
     "dinov2": "dinov2-vit-b",
+    "dinov2reg": "dinov2-vit-b",  # the variant with registers is prepared alike
     "dinov1": "dinov1-vit-b",
     "mocov3": "mocov3-vit-l",
     "mae": "mae-vit-l",

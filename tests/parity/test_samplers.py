@@ -48,14 +48,20 @@ def test_end_point_and_calls(case):
         assert [t for _, t in field.calls] == pytest.approx([t for _, t in J["calls"][case]], abs=1e-6)
 
 
+def test_sde_draws():
+    """One float64 draw a step but the last, in order."""
+    generator = torch.Generator().manual_seed(J["torch_manual_seed"])
+    assert len(T["sde_noise_draws"]) == J["rng_draws_per_sde_run"] == J["sde_steps"] - 1
+    for draw in T["sde_noise_draws"]:
+        assert torch.equal(torch.randn(draw.shape, generator=generator, dtype=torch.float64), draw)
+
+
 @pytest.mark.parametrize("path", ["linear", "cosine"])
-def test_score(path):
-    stored = {k: v for k, v in T.items() if k.startswith("score.")}
-    v, x, t = (next(value for k, value in stored.items() if k == f"score.in.{n}") for n in ("v", "x", "t"))
-    for dtype, name, atol in ((torch.float32, "f32", 1e-5), (torch.float64, "f64", 1e-10)):
-        if f"score.{name}.{path}" in stored:
-            out = Interpolant(path).score(v.to(dtype), x.to(dtype), t.to(dtype).flatten())
-            torch.testing.assert_close(out, stored[f"score.{name}.{path}"], atol=atol, rtol=1e-5)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+def test_score(path, dtype, tolerance):
+    v, x, t = (T[f"score.in.{name}"].to(dtype) for name in "vxt")
+    expected = T[f"score.{'f64' if dtype == torch.float64 else 'f32'}.{path}"]
+    torch.testing.assert_close(Interpolant(path).score(v, x, t), expected, atol=tolerance, rtol=tolerance)
 
 
 def test_diffusion():

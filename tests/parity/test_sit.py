@@ -45,7 +45,10 @@ def test_forward_losses_and_gradients(qk, mode, path):
     if mode == "train":
         close(model.bn.running_mean, T[f"{case}.bn.running_mean"])
         close(model.bn.running_var, T[f"{case}.bn.running_var"])
-    (per_sample.mean() + J["proj_coefficient_for_gradients"] * align).backward()
+    loss = per_sample.mean() + J["proj_coefficient_for_gradients"] * align
+    assert loss.item() == pytest.approx(J["cases"][case]["loss"], rel=1e-5)
+    assert int(model.bn.num_batches_tracked) == J["cases"][case]["bn_num_batches_tracked_after"]
+    loss.backward()
     norms = J["cases"][case]["grad_l2_norm"]
     for name, p in model.named_parameters():
         if norms.get(name) is None:
@@ -73,6 +76,15 @@ def test_inference_with_the_null_class(qk):
 
 
 @pytest.mark.parametrize("qk", [0, 1])
+def test_tokens_after_a_block(qk):
+    """Tokens of the inference pass after block `feat_depth`."""
+    model, tokens = build(qk, "eval"), []
+    model.blocks[J["feat_depth"] - 1].register_forward_hook(lambda _, __, out: tokens.append(out))
+    model(T["in.x"], T["in.t_inference"].flatten(), T["in.y_inference"])
+    close(tokens[0], T[f"qk{qk}.eval.linear.forward_feats"])
+
+
+@pytest.mark.parametrize("qk", [0, 1])
 def test_latent_stats_are_published_ones(qk):
     scale, bias = build(qk, "eval").latent_stats()
     close(scale, T[f"qk{qk}.eval.linear.latents_scale"].flatten())
@@ -88,24 +100,27 @@ def test_project_stops_after_encoder_depth():
     assert ran == [0, 1]
 
 
-@pytest.mark.parametrize("path", ["linear", "cosine"])
-@pytest.mark.parametrize("weighting", ["uniform", "lognormal"])
-def test_drawn_times_are_published_ones(weighting, path):
-    seeds = {key.split(".")[1] for key in T if key.startswith("sampled.seed")}
-    assert seeds
-    for seed in seeds:
-        prefix = f"sampled.{seed}.{weighting}.{path}"
-        generator = torch.Generator().manual_seed(int(seed.removeprefix("seed")))
-        t = Interpolant(path).sample_time(len(T["in.x"]), weighting, generator)
-        stored = next(v for k, v in T.items() if k.startswith(prefix) and "time" in k)
-        close(t, stored.flatten(), atol=1e-7)
+SAMPLED = sorted({tuple(key.split(".")[1:4]) for key in T if key.startswith("sampled.")})
+
+
+@pytest.mark.parametrize(("seed", "weighting", "path"), SAMPLED)
+def test_drawn_time_and_noise(seed, weighting, path):
+    """Time first, then noise, from one generator; and the loss at those draws."""
+    prefix = f"sampled.{seed}.{weighting}.{path}"
+    generator = torch.Generator().manual_seed(int(seed.removeprefix("seed")))
+    t = Interpolant(path).sample_time(len(T["in.x"]), weighting, generator)
+    noise = torch.randn(T["in.x"].shape, generator=generator)
+    close(t, T[f"{prefix}.time_input"].flatten(), atol=1e-7)
+    assert torch.equal(noise, T[f"{prefix}.noises"])
+    model = build(0, "eval")
+    x_t, target = Interpolant(path).interpolate(model.bn(T["in.x"]), noise, t)
+    velocity = model(x_t, t, T["in.y"])
+    close((velocity - target).square().mean((1, 2, 3)), T[f"{prefix}.denoising_loss"])
 
 
 def test_label_dropout():
     settings = J["label_dropout"]
-    stored = {k.removeprefix("label_dropout."): v for k, v in T.items() if k.startswith("label_dropout.")}
-    inputs = next(v for k, v in stored.items() if "in" in k.split("."))
-    outputs = next(v for k, v in stored.items() if "in" not in k.split("."))
+    inputs, outputs = T["label_dropout.in.y"], T["label_dropout.kept_or_null"]
     generator = torch.Generator().manual_seed(settings["seed"])
     dropped = drop_labels(inputs, settings["prob"], null_class=settings["null_index"], generator=generator)
     assert torch.equal(dropped, outputs)
@@ -114,7 +129,6 @@ def test_label_dropout():
 def test_embeddings():
     table = torch.from_numpy(sincos_position_table(64, 4))
     torch.testing.assert_close(table, T["pos_embed.dim64.grid4"], atol=1e-12, rtol=0)
-    for key, value in T.items():
-        if key.startswith("timestep_embedding.") and ".in." not in key and value.ndim == 2:
-            t = next(v for k, v in T.items() if k.startswith("timestep_embedding.in"))
-            close(timestep_features(t.flatten(), value.shape[1]), value, atol=1e-6)
+    for dim in (256, 7):
+        features = timestep_features(T["timestep_embedding.in.t"], dim)
+        close(features, T[f"timestep_embedding.dim{dim}"], atol=1e-6)

@@ -1,5 +1,7 @@
 """State dicts carry the field's names and shapes, so that published weights load strictly."""
 
+import math
+
 import pytest
 import torch
 from parity.fill import scalars
@@ -23,7 +25,23 @@ def shapes_of(module):
     return {key: tuple(t.shape) for key, t in module.state_dict().items()}
 
 
-def sit_on_meta(name):
+def counts_of(module):
+    state = module.state_dict()
+    return {
+        "n_state_dict_entries": len(state),
+        "param_count": sum(p.numel() for p in module.parameters()),
+        "trainable_param_count": sum(p.numel() for p in module.parameters() if p.requires_grad),
+        "buffers": [name for name, _ in module.named_buffers()],
+        "not_trainable_parameters": [name for name, p in module.named_parameters() if not p.requires_grad],
+        "non_float32": {n: str(t.dtype).split(".")[1] for n, t in state.items() if t.dtype != torch.float32},
+    }
+
+
+def listed_counts(name):
+    return {key: KEYS[name][key] for key in counts_of(torch.nn.Module())}
+
+
+def sit_on_meta(name, **options):
     c = KEYS[name]["constructor"]
     with torch.device("meta"):
         return build_sit(
@@ -33,21 +51,36 @@ def sit_on_meta(name):
             num_classes=c["num_classes"],
             z_dims=c["z_dims"],
             encoder_depth=c["encoder_depth"],
+            **options,
         )
 
 
-@pytest.mark.parametrize("name", [k for k in KEYS if k.startswith("SiT")])
+SIT_NAMES = [k for k in KEYS if k.startswith("SiT")]
+
+
+@pytest.mark.parametrize("name", SIT_NAMES)
 def test_sit(name):
-    shapes, model = expected(name), sit_on_meta(name)
+    shapes, listed, model = expected(name), listed_counts(name), sit_on_meta(name)
     if name == "SiT-S/2":  # listed as built by default upstream, too wide; ours has its true width
-        shapes["final_layer.linear.weight"] = (16, 384)
-        shapes["final_layer.adaLN_modulation.1.weight"] = (768, 384)
-        shapes["final_layer.adaLN_modulation.1.bias"] = (768,)
-    else:
-        assert sum(p.numel() for p in model.parameters()) == KEYS[name]["param_count"]
+        narrow = {
+            "final_layer.linear.weight": (16, 384),
+            "final_layer.adaLN_modulation.1.weight": (768, 384),
+            "final_layer.adaLN_modulation.1.bias": (768,),
+        }
+        fewer = sum(math.prod(shapes[key]) - math.prod(shape) for key, shape in narrow.items())
+        shapes |= narrow
+        listed |= {key: listed[key] - fewer for key in ("param_count", "trainable_param_count")}
     assert shapes_of(model) == shapes
-    frozen = [key for key, p in model.named_parameters() if not p.requires_grad]
-    assert frozen == KEYS[name]["not_trainable_parameters"]
+    assert counts_of(model) == listed
+    assert sum(p.numel() for p in model.projectors.parameters()) == KEYS[name]["projector_param_count"]
+
+
+@pytest.mark.parametrize("name", SIT_NAMES)
+def test_keys_that_qk_norm_adds(name):
+    plain, normed = shapes_of(sit_on_meta(name)), shapes_of(sit_on_meta(name, qk_norm=True))
+    added = KEYS[name]["extra_block_keys_with_qk_norm"]
+    expected_extra = {f"blocks.{i}.{k}": tuple(v) for i in range(KEYS[name]["depth"]) for k, v in added.items()}
+    assert {key: shape for key, shape in normed.items() if key not in plain} == expected_extra
 
 
 @pytest.mark.parametrize("size", SIT_SIZES)
@@ -62,11 +95,15 @@ def test_every_name_builds(size, patch):
     assert model.final_layer.linear.weight.shape == (patch * patch * 4, width)
 
 
-@pytest.mark.parametrize(("name", "build"), [("f8d4", build_vae), ("f16d32", build_vae)])
-def test_vae(name, build):
+@pytest.mark.parametrize("name", ["f8d4", "f16d32"])
+def test_vae(name):
     with torch.device("meta"):
-        assert shapes_of(build(name)) == expected(f"VAE-{name}")
+        vae = build_vae(name)
+    assert shapes_of(vae) == expected(f"VAE-{name}")
+    assert counts_of(vae) == listed_counts(f"VAE-{name}")
 
 
 def test_discriminator():
-    assert shapes_of(build_discriminator()) == expected("PatchGAN")
+    network = build_discriminator()
+    assert shapes_of(network) == expected("PatchGAN")
+    assert counts_of(network) == listed_counts("PatchGAN")
