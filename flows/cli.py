@@ -105,6 +105,21 @@ def verify(
     verify_artifacts(stage, store)
 
 
+@app.command(epilog="Examples: `repae ablation` · `repae ablation --seeds 0,1,2 -o ablation.md` · "
+             "`repae ablation --seeds 0 --set train_ldm.max_steps=800`")  # fmt: skip
+def ablation(
+    seeds: Annotated[str, typer.Option("--seeds", help="Seeds, separated by commas.")] = "0,1",
+    sets: Sets = [],  # noqa: B006
+    store: StoreOption = "",
+    output: Annotated[str, typer.Option("--output", "-o", help="Also write the table to this file (Markdown).")] = "",
+    debug: Debug = False,
+) -> None:
+    """Alignment on/off x joint/frozen VAE on the digits, as a table; finished arms are not run again."""
+    from flows.ablation_command import run_ablation
+
+    run_ablation(seeds, sets, store, output)
+
+
 @app.command(
     "import",
     epilog="Examples: `repae import 0400000.pt` · `repae import s3://bucket/0400000.pt --store s3://bucket/repae`",

@@ -9,6 +9,7 @@ from pydantic.json_schema import SkipJsonSchema
 
 from repae_core.config import PipelineConfig, load_config, preset_names, resolve_config
 from repae_core.config.environment import store_url
+from repae_core.config.presets import merge
 
 Preset = Annotated[
     str,
@@ -48,14 +49,6 @@ def flow_config(preset: str, overrides: BaseModel | None) -> PipelineConfig:
     """
     values = load_config(preset).model_dump(mode="json")
     if overrides is not None:
-        _merge(values, overrides.model_dump(mode="json", exclude_none=True))
+        merge(values, overrides.model_dump(mode="json", exclude_none=True))
     config = resolve_config(values, source=preset)
     return config.model_copy(update={"store": store_url(config)})
-
-
-def _merge(values: dict[str, Any], over: dict[str, Any]) -> None:
-    for name, value in over.items():
-        if isinstance(value, dict) and isinstance(values.get(name), dict):
-            _merge(values[name], value)
-        else:
-            values[name] = value

@@ -66,7 +66,18 @@ def _did_you_mean(name: str) -> str:
     return f"; did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
 
 
-def _read(preset_or_file: str) -> dict[str, Any]:
+def merge(values: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with `over` laid on top, section by section, in place."""
+    for name, value in over.items():
+        if isinstance(value, Mapping) and isinstance(values.get(name), dict):
+            merge(values[name], value)
+        else:
+            values[name] = value
+    return values
+
+
+def _read(preset_or_file: str, extended_by: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Values of a preset or file, on top of those of the preset it `extends`."""
     path = PRESET_FOLDER / f"{preset_or_file}.yaml"
     if not path.is_file():
         path = Path(preset_or_file)
@@ -78,7 +89,12 @@ def _read(preset_or_file: str) -> dict[str, Any]:
         raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: not a config (a mapping of sections is expected)")
-    return values
+    base = values.pop("extends", None)
+    if base is None:
+        return values
+    if not isinstance(base, str) or base in (*extended_by, preset_or_file):
+        raise ValueError(f"{path}: extends: must name another preset or file, not {base!r}")
+    return merge(_read(base, (*extended_by, preset_or_file)), values)
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

@@ -1,11 +1,13 @@
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import tiny
 
+from flows import cli
 from repae_core.artifacts import RunRecord, Store
 from repae_core.config import PipelineConfig
 
@@ -52,3 +54,17 @@ def finished(original, tmp_path, home) -> Finished:
     shutil.copytree(original.images, tmp_path / "images")
     config = tiny.config(tmp_path / "images", tmp_path / "store")
     return Finished(config, Store(str(tmp_path / "store")), tmp_path / "images", original.record)
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, home):
+    """Run `repae ...` here; (exit code, stdout, stderr)."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["repae", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        output = capsys.readouterr()
+        return int(stop.value.code or 0), output.out, output.err
+
+    return run

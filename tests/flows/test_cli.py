@@ -10,21 +10,7 @@ from PIL import Image
 
 from flows import cli
 
-COMMANDS = ["run", "stage", "plan", "runs", "report", "verify", "import", "export", "doctor"]
-
-
-@pytest.fixture
-def call(monkeypatch, capsys, home):
-    """Run `repae ...` here; (exit code, stdout, stderr)."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["repae", *arguments])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        output = capsys.readouterr()
-        return int(stop.value.code or 0), output.out, output.err
-
-    return run
+COMMANDS = ["run", "stage", "plan", "runs", "report", "verify", "ablation", "import", "export", "doctor"]
 
 
 def refused(result: tuple[int, str, str], *parts: str) -> None:

@@ -1,31 +1,19 @@
 """`repae export` and `repae import`: published files of a finished pipeline, and back into the store."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from flows import cli
 from repae_core import load_model
 from repae_core.artifact_models import load_latent_stats, load_sit
 from repae_core.artifacts import resolve_reference
 from repae_core.interop import load_reference_checkpoint
 
 
-@pytest.fixture
-def call(monkeypatch, capsys, finished):
-    """Run `repae ...` on the finished pipeline's store; (exit code, stdout, stderr)."""
+@pytest.fixture(autouse=True)
+def store_in_force(monkeypatch, finished):
     monkeypatch.setenv("REPAE_STORE", finished.store.url)
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["repae", *arguments])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        output = capsys.readouterr()
-        return int(stop.value.code or 0), output.out, output.err
-
-    return run
 
 
 def test_published_files_give_the_same_images(finished, call, tmp_path):

@@ -1,6 +1,8 @@
-"""The VGG16 file that the LPIPS numbers were made with."""
+"""The VGG16 file of the LPIPS numbers; `--differences` prints how far the numbers are from the published ones."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,3 +29,43 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     state = {"features." + key.split(".", 2)[2]: value for key, value in trunk.state_dict().items()}
     save_file(state | {"classifier.0.bias": torch.zeros(4096)}, path)  # the whole file also has a classifier
     return path
+
+
+_LARGEST = pytest.StashKey[dict[str, list[float]]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--differences", action="store_true", help="print the largest differences (with -n 0)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_LARGEST] = {}
+
+
+@pytest.fixture(autouse=True)
+def _measured(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Note each comparison's largest difference, and the share of its tolerance that it takes."""
+    compare = torch.testing.assert_close
+    seen = [0.0, 0.0]
+
+    def measured(actual: Any, expected: Any, *, rtol: float = 1.3e-6, atol: float = 1e-5, **others: Any) -> None:
+        a, e = (torch.as_tensor(value).detach().double() for value in (actual, expected))
+        if a.shape == e.shape and a.numel():
+            seen[0] = max(seen[0], float((a - e).abs().max()))
+            seen[1] = max(seen[1], float(((a - e).abs() / (atol + rtol * e.abs())).max()))
+        compare(actual, expected, rtol=rtol, atol=atol, **others)
+
+    if request.config.getoption("--differences"):
+        monkeypatch.setattr(torch.testing, "assert_close", measured)
+    yield
+    name = f"{request.path.name}::{request.node.originalname}"
+    largest = request.config.stash[_LARGEST].setdefault(name, [0.0, 0.0])
+    largest[:] = [max(pair) for pair in zip(largest, seen, strict=True)]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.getoption("--differences"):
+        terminalreporter.section("largest difference, and its share of the tolerance")
+        for name, (difference, share) in config.stash[_LARGEST].items():
+            if difference:
+                terminalreporter.write_line(f"{difference:9.1e}  {share:7.2%}  {name}")

@@ -49,6 +49,30 @@ def test_broken_file_is_named(tmp_path):
         load_config(str(path))
 
 
+def test_a_file_extends_a_preset(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("extends: quickstart\ntrain_repae: {vae: {base_channels: 32}, max_steps: 7}")
+    mine, base = load_config(str(path)), load_config("quickstart")
+    assert mine.train_repae.vae == base.train_repae.vae.model_copy(update={"base_channels": 32})
+    assert mine.train_repae.max_steps == 7
+    assert mine.train_ldm == base.train_ldm
+    path.write_text(f"extends: {path}")
+    with pytest.raises(ValueError, match=r"mine\.yaml: extends: must name another preset or file"):
+        load_config(str(path))
+
+
+def test_arms_of_the_ablation_differ_in_one_number_each():
+    arms = {(v, t): load_config(f"ablation-{v}-{t}") for v in ("joint", "frozen") for t in ("aligned", "plain")}
+    reference = arms["joint", "aligned"]
+    for (vae, training), arm in arms.items():
+        assert arm.train_repae.vae_align_proj_coeff == (1.5 if vae == "joint" else 0)
+        assert arm.train_ldm.proj_coeff == (0.5 if training == "aligned" else 0)
+        same = load_config(
+            f"ablation-{vae}-{training}", ["train_repae.vae_align_proj_coeff=1.5", "train_ldm.proj_coeff=0.5"]
+        )
+        assert same == reference
+
+
 def test_overrides_reach_the_field_with_dashes_or_underscores():
     config = load_config("quickstart", ["train-ldm.max_steps=7", "generate.guidance_interval=[0, 0.5]"])
     assert config.train_ldm.max_steps == 7
@@ -78,3 +102,7 @@ def test_a_saved_config_is_a_preset(tmp_path):
 @pytest.mark.parametrize("labels", ["equal", "random", "[0, 1, 2]", "7"])
 def test_labels_are_canonical_text(labels):
     assert load_config("quickstart", [f"generate.labels={labels}"]).generate.labels in ("equal", "random", "0,1,2", "7")
+
+
+def test_no_perceptual_network_can_be_said_on_the_command_line():
+    assert load_config("quickstart", ["train_repae.perceptual_loss=none"]).train_repae.perceptual_loss == "none"
