@@ -44,9 +44,12 @@ class Generator:
         *,
         seed: int = 0,
         first: int = 0,
+        noise: Tensor | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
         """uint8 [N,3,H,W] of classes `labels` [N]; `first`: index of the first image in the whole set.
+
+        noise: [N,C,h,w] to start from, in place of the draws of `seed`.
 
         Raises:
             ValueError: a label outside the model's classes.
@@ -55,17 +58,25 @@ class Generator:
         y = torch.as_tensor(labels, dtype=torch.int64, device=device)
         if y.numel() and not 0 <= int(y.min()) <= int(y.max()) < self.sit.num_classes:
             raise ValueError(f"labels must be in 0..{self.sit.num_classes - 1}")
-        latents = self.sample_latents(y, seed=seed, first=first, progress=progress)
+        latents = self.sample_latents(y, seed=seed, first=first, noise=noise, progress=progress)
         return to_uint8(self.decode(latents), self.settings.rounding)
 
     @torch.no_grad()
     def sample_latents(
-        self, y: Tensor, *, seed: int, first: int, progress: Callable[[int, int], None] | None = None
+        self,
+        y: Tensor,
+        *,
+        seed: int,
+        first: int,
+        noise: Tensor | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
         """Normalised latents [N,C,h,w], float64."""
         s, positions = self.settings, range(first, first + len(y))
-        shape = (self.sit.in_channels, self.sit.input_size, self.sit.input_size)
-        noise = randn(shape, item_generators(seed, "generate.noise", positions)).to(y.device)
+        if noise is None:
+            shape = (self.sit.in_channels, self.sit.input_size, self.sit.input_size)
+            noise = randn(shape, item_generators(seed, "generate.noise", positions))
+        noise = noise.to(y.device)
         common: dict[str, Any] = {
             "steps": s.steps,
             "guidance": s.guidance,

@@ -19,14 +19,15 @@ def build_generator(
     if model.stage == "train-repae":
         scale, bias = load_latent_stats(vae)
         sit.set_latent_stats(scale=scale, bias=bias)
-    return Generator(sit, load_vae(vae), SamplerSettings(path=record["path"], **settings))
+    return Generator(sit, load_vae(vae), SamplerSettings(**{"path": record["path"]} | settings))
 
 
 def load_model(uri: str | Path, *, vae: str | Path | None = None, **settings: Any) -> Generator:
     """A trained model, ready to `.sample(labels, seed=...)` in a notebook.
 
     uri: the folder of a `generate` or `train-ldm` artifact, or a published `.pt` checkpoint; vae: for a latent-only
-    `.pt`, the file of its VAE; settings: fields of SamplerSettings, e.g. guidance=2.0.
+    `.pt`, the file of its VAE; settings: fields of SamplerSettings, e.g. guidance=2.0. A `generate` artifact brings its
+    own settings, checkpoint and weights, so that `sample(labels, seed=its seed)` gives its images again.
 
     Raises:
         ValueError: not a whole artifact of these stages, its inputs are not in the same store, or a `.pt` that is no
@@ -40,7 +41,12 @@ def load_model(uri: str | Path, *, vae: str | Path | None = None, **settings: An
     manifest = artifact.manifest()
     assert manifest is not None
     inputs = {role: Artifact(artifact.store, entry.stage, entry.fingerprint) for role, entry in manifest.inputs.items()}
-    return build_generator(inputs["model"] if artifact.stage == "generate" else artifact, inputs["vae"], **settings)
+    if artifact.stage == "train-ldm":
+        return build_generator(artifact, inputs["vae"], **settings)
+    sampler = artifact.read_json("samples.json")["sampler"]
+    sampler["interval"] = tuple(sampler["interval"])
+    chosen = {name: manifest.config["config"][name] for name in ("checkpoint", "weights")}
+    return build_generator(inputs["model"], inputs["vae"], **chosen | sampler | settings)
 
 
 def _published_model(path: str, vae: str | Path | None, settings: dict[str, Any]) -> Generator:
