@@ -8,6 +8,8 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from tasks.pipeline_run import PipelineRun
+from tasks.sharding import write_shards
+from tasks.sharding_worker import latent_work, latent_worker
 from tasks.stage import StageContext, StageOutcome, run_stage
 
 
@@ -19,23 +21,16 @@ def cache_latents(run: PipelineRun) -> dict[str, Any]:
 
 def execute(context: StageContext) -> StageOutcome:
     """The stage's work."""
-    from repae_core.artifact_models import load_vae
-    from repae_core.data import ImageShards
-    from repae_core.stages.cache_latents import cache_latents
+    from repae_core.stages.cache_latents import require_space
 
-    config, section = context.config, context.config.cache_latents
-    summary = cache_latents(
-        load_vae(context.inputs["vae"]),
-        ImageShards(context.inputs["images"]),
-        context.artifact,
-        dtype=section.dtype,
-        flip=section.flip,
-        encoders=section.encoder,
-        encoder_weights=section.encoder_weights,
-        encoder_grid=section.encoder_grid,
-        patch_size=config.train_ldm.patch_size,
-        spatial_norm=config.train_ldm.spatial_norm,
-        batch_size=section.batch_size,
-        progress=context.progress,
+    section = context.config.cache_latents
+    work = latent_work(context.config, context.inputs, context.artifact)
+    require_space(work)
+    write_shards(
+        context,
+        latent_worker,
+        workers=section.workers,
+        cpus_per_worker=section.cpus_per_worker,
+        gpus_per_worker=section.gpus_per_worker,
     )
-    return StageOutcome(summary=summary)
+    return StageOutcome(summary=work.writer.finish(), workers=section.workers)

@@ -190,6 +190,8 @@ def _payload(config: PipelineConfig, stage: str, inputs: Mapping[str, Artifact])
         from repae_core.data.sources import open_source
 
         values["source"] = open_source(config.preprocess.source).content_digest()
+        if config.preprocess.encoding != "jpeg":
+            values.pop("jpeg_quality")
     if stage == "cache-latents":
         values.pop("vae")
         if config.cache_latents.encoder:

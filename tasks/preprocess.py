@@ -8,6 +8,8 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from tasks.pipeline_run import PipelineRun
+from tasks.sharding import write_shards
+from tasks.sharding_worker import preprocess_work, preprocess_worker
 from tasks.stage import StageContext, StageOutcome, run_stage
 
 
@@ -19,18 +21,9 @@ def preprocess(run: PipelineRun) -> dict[str, Any]:
 
 def execute(context: StageContext) -> StageOutcome:
     """The stage's work."""
-    from repae_core.data import open_source, preprocess_images
+    from repae_core.data.preprocess import finish_preprocessing
 
     section = context.config.preprocess
-    summary = preprocess_images(
-        open_source(section.source),
-        context.artifact,
-        resolution=section.resolution,
-        images_per_shard=section.images_per_shard,
-        seed=context.config.seed,
-        encoding=section.encoding,
-        max_skipped_fraction=section.max_skipped_fraction,
-        processes=section.processes,
-        progress=context.progress,
-    )
-    return StageOutcome(summary=summary)
+    write_shards(context, preprocess_worker, workers=section.workers, cpus_per_worker=section.processes)
+    summary = finish_preprocessing(preprocess_work(context.config, context.artifact))
+    return StageOutcome(summary=summary, workers=section.workers)

@@ -174,15 +174,8 @@ def _trainer(
 
 def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
     """Runs in each Ray worker."""
-    import ray.train
 
-    rank = ray.train.get_context().get_world_rank()
-
-    def report(message: dict[str, Any]) -> None:
-        if rank == 0:
-            config["mailbox"].put.remote(message)
-
-    result: dict[str, Any] = config["worker"](config["payload"], report)
+    result: dict[str, Any] = config["worker"](config["payload"], config["mailbox"].put.remote)
     return result
 
 

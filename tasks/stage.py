@@ -81,7 +81,7 @@ def run_stage(run: PipelineRun, name: str, execute: Execute) -> dict[str, Any]:
     if decision.action == "skip":
         return _skip(run, planned)
     require_inputs(planned)
-    if name in ("cache-latents", "generate") and run.config.section(name).workers:
+    if name == "generate" and run.config.section(name).workers:
         logger.warning("%s.workers is ignored: this stage still runs in one process", section_name(name))
     logger.info("%s: %s (%s) -> %s", name, decision.action, decision.reason, planned.artifact.uri)
     started = time.monotonic()

@@ -37,7 +37,7 @@ def train_worker(payload: dict[str, Any], report: Report) -> dict[str, Any]:
     with _log_file(folder, f"logs/rank{group.rank}.log"):
         run: TrainingRun = _BUILDERS[payload["stage"]](config, inputs, folder, group)
         history = run.run(
-            report=lambda progress: report(dataclasses.asdict(progress)),
+            report=lambda progress: report(dataclasses.asdict(progress)) if group.is_main else None,
             guard=lambda: check_lease(store, folder.key("lease.json"), payload["owner"]),
             record={"threads": torch.get_num_threads()},
             init_from=inputs.get("init"),
@@ -62,7 +62,7 @@ def _joint(config: Any, inputs: Mapping[str, Artifact], folder: Artifact, group:
     from repae_core.data import ImageShards
     from repae_core.training.joint_run import JointRun
 
-    return JointRun(config, ImageShards(inputs["images"]), folder, group)
+    return JointRun(config, ImageShards(inputs["images"], **_caches(config.train_repae)), folder, group)
 
 
 def _ldm(config: Any, inputs: Mapping[str, Artifact], folder: Artifact, group: Any) -> Any:
@@ -70,8 +70,18 @@ def _ldm(config: Any, inputs: Mapping[str, Artifact], folder: Artifact, group: A
     from repae_core.data import ImageShards, LatentShards
     from repae_core.training.ldm_run import LDMRun
 
-    images = ImageShards(inputs["images"]) if "images" in inputs else None
-    return LDMRun(config, LatentShards(inputs["latents"]), images, load_vae(inputs["vae"]), folder, group)
+    caches = _caches(config.train_ldm)
+    images = ImageShards(inputs["images"], **caches) if "images" in inputs else None
+    latents = LatentShards(inputs["latents"], **caches)
+    return LDMRun(config, latents, images, load_vae(inputs["vae"]), folder, group)
+
+
+def _caches(section: Any) -> dict[str, Any]:
+    """Where image and latent shards are kept: in this process's memory (reading processes have their own), on disk."""
+    from repae_core.data import open_shard_cache
+
+    memory = 0 if section.loader_workers else section.memory_cache_gib
+    return {"memory_bytes": int(memory * 2**30), "shard_cache": open_shard_cache(section.shard_cache_gib)}
 
 
 _BUILDERS = {"train-repae": _joint, "train-ldm": _ldm}

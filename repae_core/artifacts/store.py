@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
@@ -92,9 +92,12 @@ class Store:
         """Where a key is, for people and other programs."""
         return f"{self.url}/{_checked(key)}"
 
-    def local_path(self, key: str) -> Path | None:
-        """Path of a key in a local store, else None."""
-        return Path(self._path(key)) if self.is_local else None
+    def local_root(self) -> Path:
+        """Folder of a local store, created if absent."""
+        assert self.is_local
+        root = Path(self.root)
+        root.mkdir(parents=True, exist_ok=True)
+        return root
 
     def read_bytes(self, key: str) -> bytes:
         """Content of a file; FileNotFoundError naming it."""
@@ -102,7 +105,19 @@ class Store:
 
     def read_range(self, key: str, start: int, length: int) -> bytes:
         """`length` bytes from `start` on; FileNotFoundError naming the file."""
-        return self._get(key, lambda: self.fs.cat_file(self._path(key), start=start, end=start + length))
+        return self.read_ranges([key], [start], [length])[0]
+
+    def read_ranges(self, keys: Sequence[str], starts: Sequence[int], lengths: Sequence[int]) -> list[bytes]:
+        """Several byte ranges, of a remote store at the same time; FileNotFoundError naming the first missing file."""
+        if self.is_local:
+            return [read_local_range(self._path(k), s, n) for k, s, n in zip(keys, starts, lengths, strict=True)]
+        paths = [self._path(key) for key in keys]
+        ends = [start + length for start, length in zip(starts, lengths, strict=True)]
+        return self._get(keys[0], lambda: self.fs.cat_ranges(paths, list(starts), ends, on_error="raise"))
+
+    def download(self, key: str, target: str) -> None:
+        """Copy a file to this machine; FileNotFoundError naming it."""
+        self._get(key, lambda: self.fs.get_file(self._path(key), target))
 
     def read_json(self, key: str) -> Any:
         """A JSON file's content; ValueError naming it when damaged."""
@@ -218,6 +233,15 @@ class Store:
                     raise StoreError(f"store {self.url}: {key or '.'}: {_reason(error)}") from None
             time.sleep(pause)
             pause = min(pause * 2, 10.0)
+
+
+def read_local_range(path: str, start: int, length: int) -> bytes:
+    """`length` bytes of a local file from `start` on; FileNotFoundError naming it."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return os.pread(file.fileno(), length, start)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist") from None
 
 
 def absolute_url(url: str) -> str:

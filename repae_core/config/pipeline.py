@@ -97,6 +97,8 @@ class PipelineConfig(Config):
                 f"preprocess.resolution={self.preprocess.resolution} is not divisible by {factor}, "
                 "the downsampling of train_repae.vae"
             )
+        if self.train_ldm.flip and not self.cache_latents.flip:
+            raise ValueError("train_ldm.flip needs mirrored latents: set cache_latents.flip=true")
         self.token_grid("train_repae")
         if self.cache_latents.vae == "auto":
             self.token_grid("train_ldm")

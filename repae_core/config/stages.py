@@ -16,10 +16,12 @@ class PreprocessConfig(Config):
         "digits", "Images: `digits` (built in), a folder of class folders, or a flat folder with dataset.json"
     )
     resolution: int = output(256, "Side of the square images, pixels", ge=8, le=4096)
-    images_per_shard: int = output(2_000, "Images planned for one shard", ge=1)
-    encoding: Literal["png"] = output("png", "Image format in the shards (lossless)")
+    images_per_shard: int | None = output(None, "Images planned for one shard; none = about 256 MB", ge=1)
+    encoding: Literal["png", "webp", "jpeg"] = output("png", "Image format in the shards; png and webp are lossless")
+    jpeg_quality: int = output(95, "Quality where encoding is jpeg; else not used", ge=1, le=100)
     max_skipped_fraction: float = output(0.01, "Share of unreadable images above which the stage stops", ge=0, le=1)
-    processes: int = execution(1, "Processes that crop and encode", ge=1)
+    processes: int = execution(1, "Processes that crop and encode, a worker", ge=1)
+    workers: int = execution(0, "Ray workers, each with its share of the shards; 0 = in this process", ge=0)
 
 
 class ExtractVAEConfig(Config):
@@ -46,7 +48,13 @@ class CacheLatentsConfig(Config):
     encoder_weights: tuple[str, ...] = output((), "One weights file an encoder; empty = the registry's", content=True)
     encoder_grid: int | None = output(None, "Tokens a side of the features; none = the grid of train_ldm.model", ge=1)
     batch_size: int = execution(64, "Images a forward pass", ge=1)
-    workers: int = execution(0, "Ray workers; so far ignored with a warning: one process does it", ge=0)
+    workers: int = execution(0, "Ray workers, each with its share of the shards; 0 = in this process", ge=0)
+    cpus_per_worker: int = execution(2, "CPUs reserved for a worker", ge=1)
+    gpus_per_worker: int = execution(0, "GPUs reserved for a worker", ge=0)
+    loader_workers: int = execution(0, "Processes that read and decode ahead, a worker; 0 = none", ge=0)
+    shard_cache_gib: float = execution(
+        4.0, "Disk of a machine for whole image shards of a remote store, GiB; 0 = read by byte ranges", ge=0
+    )
 
     @field_validator("encoder", "encoder_weights", mode="before")
     @classmethod

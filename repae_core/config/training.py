@@ -116,6 +116,10 @@ class TrainingConfig(Config):
     max_grad_norm: float = output(1.0, "Norm to which each network's gradient is clipped", gt=0)
     ema_decay: float = output(0.9999, "Decay a step of SiT's moving average", ge=0, lt=1)
     mixed_precision: Literal["no", "bf16", "fp16"] = output("no", "Autocast of SiT and encoders (losses stay fp32)")
+    flip: bool = output(False, "Mirror each image with probability 1/2 (train_ldm: needs cache_latents.flip)")
+    shuffle_shards: int = output(
+        0, "Shards shuffled together, so that about so many are read at a time; 0 = the whole data set", ge=0
+    )
     init_from: str = output(
         "", "Continue a finished run of this stage: fingerprint, `latest` or URI; empty = start anew"
     )
@@ -123,6 +127,13 @@ class TrainingConfig(Config):
     workers: int = execution(1, "Ray Train workers; 0 = in this process, without Ray", ge=0)
     cpus_per_worker: int = execution(2, "CPUs reserved for a worker", ge=1)
     gpus_per_worker: int = execution(0, "GPUs reserved for a worker", ge=0)
+    loader_workers: int = execution(0, "Processes that read and decode ahead, a worker; 0 = none", ge=0)
+    memory_cache_gib: float = execution(
+        2.0, "Memory for decoded images or latents, GiB; used without loader_workers, where all images fit", ge=0
+    )
+    shard_cache_gib: float = execution(
+        0.0, "Disk of a machine for whole shards of a remote store, GiB; 0 = read by byte ranges", ge=0
+    )
     threads: int = execution(0, "Torch threads a worker; 0 = timed once at the start and kept", ge=0)
     checkpoint_every: int = execution(5_000, "Steps between checkpoints", ge=1)
     keep_checkpoints: int = execution(2, "Newest checkpoints kept", ge=1)

@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from repae_core.data.latent_shards import LatentShards
     from repae_core.data.latent_statistics import LatentStatistics
     from repae_core.data.latent_writer import LatentWriter
+    from repae_core.data.loader import Selection, load_batches
     from repae_core.data.preprocess import preprocess_images
-    from repae_core.data.sampler import BatchLoader, batch_indices, rank_slice
+    from repae_core.data.sampler import DataOrder, batch_indices, rank_slice, work_share
+    from repae_core.data.shard_cache import ShardCache, open_shard_cache
     from repae_core.data.sources import ImageSource, SourceItem, open_source
 
 _HOME = {
@@ -26,28 +28,38 @@ _HOME = {
     "LatentStatistics": "latent_statistics",
     "LatentWriter": "latent_writer",
     "preprocess_images": "preprocess",
-    "BatchLoader": "sampler",
+    "DataOrder": "sampler",
     "batch_indices": "sampler",
+    "Selection": "loader",
+    "ShardCache": "shard_cache",
+    "open_shard_cache": "shard_cache",
+    "load_batches": "loader",
     "rank_slice": "sampler",
+    "work_share": "sampler",
     "ImageSource": "sources",
     "SourceItem": "sources",
     "open_source": "sources",
 }
 
 __all__ = [
-    "BatchLoader",
+    "DataOrder",
     "ImageShards",
     "ImageSource",
     "LatentShards",
     "LatentStatistics",
     "LatentWriter",
+    "Selection",
+    "ShardCache",
     "SourceItem",
     "batch_indices",
     "center_crop",
+    "load_batches",
+    "open_shard_cache",
     "open_source",
     "preprocess_images",
     "rank_slice",
     "to_rgb",
+    "work_share",
 ]
 
 

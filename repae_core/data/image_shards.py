@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from repae_core.artifacts import Artifact
+from repae_core.data.shard_cache import ShardCache
 from repae_core.data.shards import INDEX
 
-GIB = 2**30
 _READ_THREADS = 16
 
 
@@ -23,16 +23,17 @@ class ImageShards(Dataset[tuple[Tensor, int]]):
     """Images, labels and keys of a `preprocess` artifact, in the order of its shards.
 
     Map-style: `dataset[i]` is (uint8 [3, H, W], label), so a torch DataLoader can use it; `images` reads a batch.
-    cache_bytes: decoded images are kept in memory when all of them fit into this.
+    memory_bytes: decoded images are kept in memory when all of them fit into this. shard_cache: where whole shards of
+    a remote store are kept; without it images are read by byte ranges, those of a batch at the same time.
 
     Attributes: labels int64 [N], keys (N names, position in the sorted source), class_names, num_classes,
-    resolution, num_shards, index (what `index.json` says).
+    resolution, num_shards, shard_starts, index (what `index.json` says).
 
     Raises:
         ValueError: the artifact holds no image shards.
     """
 
-    def __init__(self, artifact: Artifact, *, cache_bytes: int = 2 * GIB) -> None:
+    def __init__(self, artifact: Artifact, *, memory_bytes: int = 0, shard_cache: ShardCache | None = None) -> None:
         if not artifact.exists(INDEX):
             raise ValueError(f"{artifact.uri} holds no image shards; make them with `repae stage preprocess`")
         self.artifact = artifact
@@ -49,9 +50,11 @@ class ImageShards(Dataset[tuple[Tensor, int]]):
         self.labels = _column(sidecars, "labels")
         self._offsets, self._sizes = _column(sidecars, "offsets"), _column(sidecars, "sizes")
         self._starts = np.cumsum([0] + [len(sidecar["keys"]) for sidecar in sidecars])
-        self._fits = len(self) * 3 * self.resolution**2 <= cache_bytes
-        self._cache: Tensor | None = None
-        self._cached = np.zeros(len(self), dtype=bool)
+        self.shard_starts: tuple[int, ...] = tuple(self._starts[:-1].tolist())
+        self._shard_cache = None if artifact.store.is_local else shard_cache
+        self._fits = len(self) * 3 * self.resolution**2 <= memory_bytes
+        self._memory: Tensor | None = None
+        self._held = np.zeros(len(self), dtype=bool)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -63,35 +66,56 @@ class ImageShards(Dataset[tuple[Tensor, int]]):
         """Numbers of the images in shard k, int64."""
         return np.arange(self._starts[k], self._starts[k + 1])
 
-    def images(self, indices: np.ndarray) -> Tensor:
-        """Images uint8 [B, 3, H, W], RGB, decoded anew or from memory.
+    def images(self, indices: np.ndarray, flip_mask: np.ndarray | None = None) -> Tensor:
+        """Images uint8 [B, 3, H, W], RGB, decoded anew or from memory; mirrored where `flip_mask` (bool [B]) says so.
 
         Raises:
             ValueError: a stored image is damaged; names the shard and the key.
         """
-        indices = np.asarray(indices)
-        if not self._fits:
-            return torch.stack([self._decode(i) for i in indices])
-        if self._cache is None:
-            self._cache = torch.empty((len(self), 3, self.resolution, self.resolution), dtype=torch.uint8)
-        for i in indices[~self._cached[indices]]:
-            self._cache[i] = self._decode(i)
-            self._cached[i] = True
-        return self._cache[torch.from_numpy(indices)]
+        pixels = self._upright(np.asarray(indices))
+        if flip_mask is not None:
+            rows = torch.from_numpy(np.flatnonzero(flip_mask))
+            pixels[rows] = pixels[rows].flip(-1)
+        return pixels
 
-    def _decode(self, i: int) -> Tensor:
-        tar = self._tars[np.searchsorted(self._starts, i, side="right") - 1]
-        blob = self.artifact.store.read_range(self.artifact.key(tar), int(self._offsets[i]), int(self._sizes[i]))
-        try:
-            pixels = np.array(Image.open(io.BytesIO(blob)))
-        except (OSError, SyntaxError) as error:
-            raise ValueError(f"{self.artifact.uri}/{tar}: image {self.keys[i]} is damaged: {error}") from None
-        assert pixels.shape == (self.resolution, self.resolution, 3)
-        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+    def _upright(self, indices: np.ndarray) -> Tensor:
+        if not self._fits:
+            return self._decoded(indices)
+        if self._memory is None:
+            self._memory = torch.empty((len(self), 3, self.resolution, self.resolution), dtype=torch.uint8)
+        absent = np.unique(indices[~self._held[indices]])
+        if len(absent):
+            self._memory[torch.from_numpy(absent)] = self._decoded(absent)
+            self._held[absent] = True
+        return self._memory[torch.from_numpy(indices)]
+
+    def _decoded(self, indices: np.ndarray) -> Tensor:
+        """uint8 [B, 3, H, W]."""
+        pixels = np.empty((len(indices), self.resolution, self.resolution, 3), dtype=np.uint8)
+        for row, (i, blob) in enumerate(zip(indices, self._blobs(indices), strict=True)):
+            try:
+                pixels[row] = np.asarray(Image.open(io.BytesIO(blob)))
+            except (OSError, SyntaxError, ValueError) as error:
+                raise ValueError(
+                    f"{self.artifact.uri}/{self._tar(i)}: image {self.keys[i]} is damaged: {error}"
+                ) from None
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+    def _blobs(self, indices: np.ndarray) -> list[bytes]:
+        """The encoded images."""
+        store, keys = self.artifact.store, [self.artifact.key(self._tar(i)) for i in indices]
+        offsets, sizes = self._offsets[indices].tolist(), self._sizes[indices].tolist()
+        if self._shard_cache is None:
+            return store.read_ranges(keys, offsets, sizes)
+        cache = self._shard_cache
+        return [cache.read_range(store, *where) for where in zip(keys, offsets, sizes, strict=True)]
+
+    def _tar(self, i: int) -> str:
+        return str(self._tars[np.searchsorted(self._starts, i, side="right") - 1])
 
     def __getstate__(self) -> dict[str, Any]:
         # Another process (a loader worker) starts with an empty memory of its own.
-        return self.__dict__ | {"_cache": None, "_cached": np.zeros(len(self), dtype=bool)}
+        return self.__dict__ | {"_memory": None, "_held": np.zeros(len(self), dtype=bool)}
 
 
 def _column(sidecars: list[dict[str, Any]], name: str) -> np.ndarray:

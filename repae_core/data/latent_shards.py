@@ -7,7 +7,7 @@ import math
 import struct
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from repae_core.artifacts import Artifact
 from repae_core.data.latent_writer import INDEX, STATS
+from repae_core.data.shard_cache import ShardCache
 
-GIB = 2**30
 _READ_THREADS = 16
 _HEADER_LENGTH = 8
 
@@ -24,18 +24,19 @@ _HEADER_LENGTH = 8
 class LatentShards:
     """Posterior mean and std, features and labels of a `cache-latents` artifact, in the order of its shards.
 
-    cache_bytes: whole tensors are held in memory, in the order mean, std, mirrored ones, features, while they fit
-    into this; the others are read row by row.
+    memory_bytes: whole tensors are held in memory, in the order mean, std, mirrored ones, features, while they fit
+    into this; the others are read row by row, those of a batch at the same time. shard_cache: where whole shards of a
+    remote store are kept.
 
     Attributes: labels int64 [N], keys (N names, those of the images), class_names, num_classes, latent_shape
     (C, h, w), scale and bias (float64 [C]), flip (mirrored images are there), encoders (names), encoder_grid
-    (tokens a side, or None), index (what `index.json` says).
+    (tokens a side, or None), shard_starts, index (what `index.json` says).
 
     Raises:
         ValueError: the artifact holds no latents.
     """
 
-    def __init__(self, artifact: Artifact, *, cache_bytes: int = 2 * GIB) -> None:
+    def __init__(self, artifact: Artifact, *, memory_bytes: int = 0, shard_cache: ShardCache | None = None) -> None:
         if not artifact.exists(INDEX) or not artifact.exists(STATS):
             raise ValueError(f"{artifact.uri} holds no latents; make them with `repae stage cache-latents`")
         self.artifact = artifact
@@ -54,10 +55,12 @@ class LatentShards:
             sidecars = list(pool.map(artifact.read_json, [shard["sidecar"] for shard in shards]))
         self.keys: list[str] = [key for sidecar in sidecars for key in sidecar["keys"]]
         self.labels = np.concatenate([np.asarray(sidecar["labels"], dtype=np.int64) for sidecar in sidecars])
+        self._shard_cache = None if artifact.store.is_local else shard_cache
         self._files = [_TensorFile(artifact, shard["file"]["name"]) for shard in shards]
         self._starts = np.cumsum([0] + [len(sidecar["keys"]) for sidecar in sidecars])
+        self.shard_starts: tuple[int, ...] = tuple(self._starts[:-1].tolist())
         self._memory: dict[str, _InMemory] = {}
-        self._plan_memory(cache_bytes)
+        self._plan_memory(memory_bytes)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -113,11 +116,25 @@ class LatentShards:
         if name in self._memory:
             return self._memory[name].rows(indices, shards, self._read_shard)
         rows = zip(shards.tolist(), (indices - self._starts[shards]).tolist(), strict=True)
-        return torch.cat([self._files[shard].read(name, row, row + 1) for shard, row in rows])
+        return torch.cat(self._read([self._files[shard].span(name, row, row + 1) for shard, row in rows]))
 
     def _read_shard(self, name: str, shard: int) -> tuple[int, Tensor]:
         start, stop = int(self._starts[shard]), int(self._starts[shard + 1])
-        return start, self._files[shard].read(name, 0, stop - start)
+        return start, self._read([self._files[shard].span(name, 0, stop - start)])[0]
+
+    def _read(self, spans: Sequence[_Span]) -> list[Tensor]:
+        store = self.artifact.store
+        if self._shard_cache is None:
+            blobs = store.read_ranges([s.key for s in spans], [s.first for s in spans], [s.length for s in spans])
+        else:
+            blobs = [self._shard_cache.read_range(store, s.key, s.first, s.length) for s in spans]
+        for span, blob in zip(spans, blobs, strict=True):
+            if len(blob) != span.length:
+                raise ValueError(f"{store.uri(span.key)} is shorter than its header says")
+        return [
+            torch.frombuffer(bytearray(blob), dtype=span.dtype).view(span.shape)
+            for span, blob in zip(spans, blobs, strict=True)
+        ]
 
     def _plan_memory(self, budget: int) -> None:
         tensors: dict[str, tuple[list[int], str]] = self.index["tensors"]
@@ -157,27 +174,34 @@ class _InMemory:
         return self._values[torch.from_numpy(indices)]
 
 
+class _Span(NamedTuple):
+    """Bytes of consecutive rows in a file, and what they are."""
+
+    key: str
+    first: int
+    length: int
+    shape: list[int]
+    dtype: torch.dtype
+
+
 class _TensorFile:
-    """Rows of the tensors in one safetensors file, by byte ranges: the same for local and remote stores."""
+    """Where the rows of the tensors in one safetensors file lie."""
 
     def __init__(self, artifact: Artifact, name: str) -> None:
         self._artifact, self._key = artifact, artifact.key(name)
         self._header: dict[str, Any] | None = None
         self._data = 0
 
-    def read(self, name: str, start: int, stop: int) -> Tensor:
+    def span(self, name: str, start: int, stop: int) -> _Span:
         """Rows [start, stop) of one tensor."""
         if self._header is None:
             self._read_header()
         assert self._header is not None
         entry = self._header[name]
-        shape, dtype = entry["shape"], _DTYPES[entry["dtype"]]
+        shape, dtype = [stop - start, *entry["shape"][1:]], _DTYPES[entry["dtype"]]
         row = math.prod(shape[1:]) * dtype.itemsize
         first = self._data + entry["data_offsets"][0] + start * row
-        blob = self._artifact.store.read_range(self._key, first, (stop - start) * row)
-        if len(blob) != (stop - start) * row:
-            raise ValueError(f"{self._artifact.store.uri(self._key)} is shorter than its header says")
-        return torch.frombuffer(bytearray(blob), dtype=dtype).view(stop - start, *shape[1:])
+        return _Span(self._key, first, (stop - start) * row, shape, dtype)
 
     def _read_header(self) -> None:
         store = self._artifact.store

@@ -24,7 +24,6 @@ from repae_core.data.latent_statistics import LatentStatistics
 INDEX = "index.json"
 STATS = "latent_stats.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-FEATURE_DTYPE = torch.float16
 
 
 def latent_shard_name(k: int) -> str:
@@ -64,7 +63,7 @@ def write_latent_shard(
         tensors |= {"mean_flip": mean_flip, "std_flip": std_flip}
     tensors = {name: tensor.to(DTYPES[dtype]) for name, tensor in tensors.items()}
     for prefix, group in (("features", features), ("features_flip", features_flip)):
-        tensors |= {f"{prefix}.{i}": feature.to(FEATURE_DTYPE) for i, feature in enumerate(group)}
+        tensors |= {f"{prefix}.{i}": feature.to(LatentWriter.feature_dtype) for i, feature in enumerate(group)}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     _require_sound(tensors, k, len(keys))
     statistics = LatentStatistics(mean.shape[1])
@@ -104,6 +103,8 @@ class LatentWriter:
     features are given, and their tokens a side; recorded for the reader.
     """
 
+    feature_dtype = torch.float16
+
     def __init__(
         self,
         artifact: Artifact,
@@ -118,6 +119,11 @@ class LatentWriter:
         self.artifact, self.images = artifact, images
         self.dtype, self.flip = dtype, flip
         self.encoders, self.encoder_grid = tuple(encoders), encoder_grid if encoders else None
+
+    @property
+    def dtype_bytes(self) -> int:
+        """Bytes of one stored value of mean or std."""
+        return DTYPES[self.dtype].itemsize
 
     def missing(self) -> list[int]:
         """Shards still to be written; those whose images were all skipped have no latents and are left out."""

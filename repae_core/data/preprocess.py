@@ -16,10 +16,13 @@ from typing import Any
 import numpy as np
 
 from repae_core.artifacts import Artifact, Store
+from repae_core.data.sampler import work_share
 from repae_core.data.shards import (
-    ENCODINGS,
+    SUFFIXES,
     Sample,
+    ShardSettings,
     check_failures,
+    default_images_per_shard,
     finish,
     finished_shards,
     plan_shards,
@@ -35,91 +38,125 @@ Progress = Callable[[int, int], None]
 
 
 def preprocess_images(
-    source: ImageSource,
-    artifact: Artifact,
-    *,
-    resolution: int,
-    images_per_shard: int,
-    seed: int,
-    encoding: str = "png",
-    max_skipped_fraction: float = 0.01,
-    processes: int = 1,
-    progress: Progress | None = None,
+    source: ImageSource, artifact: Artifact, *, processes: int = 1, progress: Progress | None = None, **settings: Any
 ) -> dict[str, Any]:
-    """Crop, encode and pack all images of a source; returns the summary for the manifest.
+    """Crop, encode and pack all images of a source, here; returns the summary for the manifest.
 
-    Shards that an earlier, interrupted run finished are kept. The files are the same, byte for byte, for any number
-    of processes and after any interruption (with the same versions of Pillow and zlib).
-    max_skipped_fraction: share of the names that should have given an image; progress: (images done, of all).
+    settings: as of `plan_preprocessing`; progress: (images done, of all).
 
     Raises:
         ValueError: bad settings; more unreadable files than allowed (names the first); no image at all.
     """
-    if encoding not in ENCODINGS:
-        raise ValueError(f"preprocess.encoding: {encoding!r} is not one of {', '.join(ENCODINGS)}")
-    if processes > 1 and artifact.store.url.startswith("memory://"):
-        raise ValueError("a memory:// store is seen by one process only: set preprocess.processes=1")
+    work = plan_preprocessing(source, artifact, **settings)
+    write_missing_shards(work, processes=processes, progress=progress)
+    return finish_preprocessing(work)
+
+
+@dataclass(frozen=True)
+class PreprocessWork:
+    """All shards of one data set: `plan[k]` are the source positions of shard k, whoever writes it."""
+
+    source: ImageSource
+    plan: list[np.ndarray]
+    artifact: Artifact
+    settings: ShardSettings
+    images_per_shard: int
+
+
+def plan_preprocessing(
+    source: ImageSource,
+    artifact: Artifact,
+    *,
+    resolution: int,
+    seed: int,
+    images_per_shard: int | None = None,
+    encoding: str = "png",
+    jpeg_quality: int = 95,
+    max_skipped_fraction: float = 0.01,
+) -> PreprocessWork:
+    """Which image goes where; the same in every process that is given the same source and settings.
+
+    images_per_shard: None = as many as make about 256 MB. max_skipped_fraction: share of the names that should have
+    given an image.
+
+    Raises:
+        ValueError: bad settings, or the listing alone has more failures than allowed (names the first).
+    """
+    if encoding not in SUFFIXES:
+        raise ValueError(f"preprocess.encoding: {encoding!r} is not one of {', '.join(SUFFIXES)}")
+    size = default_images_per_shard(resolution, encoding) if images_per_shard is None else images_per_shard
     expected = len(source.items) + sum(entry.failure for entry in source.skipped)
     max_failures = math.floor(max_skipped_fraction * expected)
     check_failures(source.skipped, max_failures)
-    plan = plan_shards(len(source.items), images_per_shard, seed)
-    settings = {"resolution": resolution, "encoding": encoding, "max_failures": max_failures}
-    work = _Work(source, plan, artifact, settings)
-    _write_missing(work, processes, progress or (lambda done, total: None))
+    plan = plan_shards(len(source.items), size, seed)
+    return PreprocessWork(source, plan, artifact, ShardSettings(resolution, encoding, jpeg_quality, max_failures), size)
+
+
+def write_missing_shards(
+    work: PreprocessWork,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    processes: int = 1,
+    progress: Progress | None = None,
+) -> None:
+    """This worker's share of the shards that are not there yet, in `processes` processes.
+
+    Shards that an earlier, interrupted run finished are kept. The files are the same, byte for byte, for any number
+    of workers and processes and after any interruption (with the same versions of Pillow and zlib).
+    progress: images of this worker's shards and of those found finished (rank 0 counts these), of all.
+
+    Raises:
+        ValueError: more unreadable files than allowed so far; names the first.
+    """
+    if processes > 1 and work.artifact.store.url.startswith("memory://"):
+        raise ValueError("a memory:// store is seen by one process only: set preprocess.processes=1")
+    report = progress or (lambda done, total: None)
+    kept = finished_shards(work.artifact, len(work.plan))
+    if kept:
+        logger.info("%d of %d shards are there already", len(kept), len(work.plan))
+    skipped = work.source.skipped + [entry for entries in kept.values() for entry in entries]
+    total = len(work.source.items)
+    done = sum(len(work.plan[k]) for k in kept) if rank == 0 else 0
+    report(done, total)
+    missing = work_share([k for k in range(len(work.plan)) if k not in kept], rank, world)
+    write = _write_here if processes <= 1 or len(missing) <= 1 else _write_in_processes
+    for k, sidecar in write(work, missing, processes):
+        skipped += skipped_in(sidecar)
+        check_failures(skipped, work.settings.max_failures)
+        done += len(work.plan[k])
+        report(done, total)
+
+
+def finish_preprocessing(work: PreprocessWork) -> dict[str, Any]:
+    """Write what describes the whole data set, once all shards are there; returns the summary for the manifest.
+
+    Raises:
+        ValueError: more unreadable files than allowed over all shards, or not one image left.
+    """
     index = finish(
-        source,
-        artifact,
-        num_shards=len(plan),
-        images_per_shard=images_per_shard,
-        resolution=resolution,
-        encoding=encoding,
-        max_failures=max_failures,
+        work.source,
+        work.artifact,
+        work.settings,
+        num_shards=len(work.plan),
+        images_per_shard=work.images_per_shard,
     )
-    return _summary(index)
-
-
-def _summary(index: dict[str, Any]) -> dict[str, Any]:
     fields = ("num_images", "num_classes", "resolution", "num_skipped", "num_other_files", "pixel_mean", "pixel_std")
     shards = index["shards"]
     size = sum(shard["tar"]["bytes"] for shard in shards)
     return {name: index[name] for name in fields} | {"num_shards": len(shards), "bytes": size}
 
 
-@dataclass(frozen=True)
-class _Work:
-    """All shards of one data set."""
-
-    source: ImageSource
-    plan: list[np.ndarray]
-    artifact: Artifact
-    settings: dict[str, Any]
+Written = Iterator[tuple[int, dict[str, Any]]]  # (k, sidecar) of every missing shard, in the order of finishing
 
 
-def _write_missing(work: _Work, processes: int, progress: Progress) -> None:
-    kept = finished_shards(work.artifact, len(work.plan))
-    if kept:
-        logger.info("%d of %d shards are there already", len(kept), len(work.plan))
-    skipped = work.source.skipped + [entry for entries in kept.values() for entry in entries]
-    total = len(work.source.items)
-    done = sum(len(work.plan[k]) for k in kept)
-    progress(done, total)
-    missing = [k for k in range(len(work.plan)) if k not in kept]
-    write = _write_here if processes <= 1 or len(missing) <= 1 else _write_in_processes
-    for k, sidecar in write(work, missing, processes):
-        skipped += skipped_in(sidecar)
-        check_failures(skipped, work.settings["max_failures"])
-        done += len(work.plan[k])
-        progress(done, total)
-
-
-def _write_here(work: _Work, missing: Sequence[int], _: int) -> Iterator[tuple[int, dict[str, Any]]]:
+def _write_here(work: PreprocessWork, missing: Sequence[int], _: int) -> Written:
     for k in missing:
         samples = shard_samples(work.source, work.plan[k])
-        yield k, write_shard(work.source.reader, samples, k, work.artifact, **work.settings)
+        yield k, write_shard(work.source.reader, samples, k, work.artifact, work.settings)
 
 
-def _write_in_processes(work: _Work, missing: Sequence[int], processes: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(k, sidecar) of every missing shard in the order in which they are finished."""
+def _write_in_processes(work: PreprocessWork, missing: Sequence[int], processes: int) -> Written:
     where = (work.artifact.store.url, work.artifact.stage, work.artifact.fingerprint)
     # spawn: forking a process that has started threads (torch, fsspec) can deadlock.
     context = multiprocessing.get_context("spawn")
@@ -144,10 +181,10 @@ def _write_in_processes(work: _Work, missing: Sequence[int], processes: int) -> 
 
 
 def _write_in_process(
-    reader: ImageReader, samples: list[Sample], k: int, where: tuple[str, str, str], settings: dict[str, Any]
+    reader: ImageReader, samples: list[Sample], k: int, where: tuple[str, str, str], settings: ShardSettings
 ) -> dict[str, Any]:
     url, stage, fingerprint = where
-    return write_shard(reader, samples, k, Artifact(Store(url), stage, fingerprint), **settings)
+    return write_shard(reader, samples, k, Artifact(Store(url), stage, fingerprint), settings)
 
 
 def _end_with_parent() -> None:

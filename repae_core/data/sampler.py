@@ -3,46 +3,83 @@
 from __future__ import annotations
 
 import functools
-import queue
-import threading
-from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-T = TypeVar("T")
+
+@dataclass(frozen=True)
+class DataOrder:
+    """The endless sequence of items that training reads, shuffled anew each epoch.
+
+    num_items: N. Position p is item `permutation_e[p % N]` of epoch e = p // N, so no item is lost or repeated in an
+    epoch, a batch may hold the end of one epoch and the start of the next, and a run can start anywhere.
+    shard_starts, window: with window w > 0 the shards are put in random order and each w consecutive ones are
+    shuffled together, so that about w shards are read at a time; 0 = one permutation of all items. Items within a
+    shard are a random part of the data set already (`plan_shards`), so a window costs little randomness.
+
+    Raises:
+        ValueError: no items, or a negative seed or window.
+    """
+
+    num_items: int
+    seed: int
+    shard_starts: tuple[int, ...] = ()
+    window: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_items < 1:
+            raise ValueError("num_items must be at least 1: the data set is empty")
+        if self.seed < 0 or self.window < 0:
+            raise ValueError(f"seed and window must not be negative, got {self.seed} and {self.window}")
+
+    def batch(self, images_seen: int, batch_size: int) -> np.ndarray:
+        """Items of the global batch that starts after `images_seen` images; int64 [batch_size].
+
+        Raises:
+            ValueError: a negative position, or an empty batch.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if images_seen < 0:
+            raise ValueError(f"images_seen must not be negative, got {images_seen}")
+        parts, position, end = [], images_seen, images_seen + batch_size
+        while position < end:
+            epoch, first = divmod(position, self.num_items)
+            count = min(end - position, self.num_items - first)
+            parts.append(_permutation(self, epoch)[first : first + count])
+            position += count
+        return np.concatenate(parts)
+
+    def batches(self, *, start: int, stop: int, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[np.ndarray]:
+        """One rank's part of every global batch from `start` images seen to `stop`."""
+        for seen in range(start, stop, batch_size):
+            yield rank_slice(self.batch(seen, batch_size), rank, world)
 
 
 def batch_indices(num_items: int, *, seed: int, images_seen: int, batch_size: int) -> np.ndarray:
-    """Items of the global batch that starts after `images_seen` images; int64 [batch_size].
-
-    Position p of the endless sequence is item `permutation_e[p % N]` with e = p // N, where `permutation_e` is
-    drawn by PCG64([seed, e]). So no item is lost or repeated in an epoch, a batch may hold the end of one epoch
-    and the start of the next, and a run can start anywhere.
-
-    Raises:
-        ValueError: no items, a negative position or seed, or an empty batch.
-    """
-    if num_items < 1:
-        raise ValueError("num_items must be at least 1: the data set is empty")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    if images_seen < 0 or seed < 0:
-        raise ValueError(f"images_seen and seed must not be negative, got {images_seen} and {seed}")
-    parts, position, end = [], images_seen, images_seen + batch_size
-    while position < end:
-        epoch, first = divmod(position, num_items)
-        count = min(end - position, num_items - first)
-        parts.append(_permutation(num_items, seed, epoch)[first : first + count])
-        position += count
-    return np.concatenate(parts)
+    """`DataOrder(num_items, seed).batch(images_seen, batch_size)`: int64 [batch_size] of one permutation an epoch."""
+    return DataOrder(num_items, seed).batch(images_seen, batch_size)
 
 
 @functools.lru_cache(maxsize=4)
-def _permutation(num_items: int, seed: int, epoch: int) -> np.ndarray:
-    permutation = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_items)
+def _permutation(order: DataOrder, epoch: int) -> np.ndarray:
+    rng = np.random.Generator(np.random.PCG64([order.seed, epoch]))
+    if order.window and len(order.shard_starts) > order.window:
+        permutation = np.concatenate(list(_windows(order, rng)))
+    else:
+        permutation = rng.permutation(order.num_items)
     permutation.flags.writeable = False
     return permutation
+
+
+def _windows(order: DataOrder, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    bounds = np.append(order.shard_starts, order.num_items)
+    shards = rng.permutation(len(order.shard_starts))
+    for first in range(0, len(shards), order.window):
+        together = [np.arange(bounds[k], bounds[k + 1]) for k in shards[first : first + order.window]]
+        yield rng.permutation(np.concatenate(together))
 
 
 def rank_slice(indices: np.ndarray, rank: int, world: int) -> np.ndarray:
@@ -61,90 +98,7 @@ def rank_slice(indices: np.ndarray, rank: int, world: int) -> np.ndarray:
     return indices[rank * size : (rank + 1) * size]
 
 
-class BatchLoader(Generic[T]):
-    """Batches of one rank from `images_seen` on, fetched ahead by one thread.
-
-    fetch: what a batch is, given the rank's indices int64 [batch_size / world]; runs in the thread, in order, so
-    its results do not depend on the depth. Its exceptions reach the consumer at the batch they belong to.
-    max_images: stop there (a multiple of the batch away from `images_seen`); none = endless.
-    """
-
-    def __init__(
-        self,
-        fetch: Callable[[np.ndarray], T],
-        *,
-        num_items: int,
-        seed: int,
-        batch_size: int,
-        images_seen: int = 0,
-        max_images: int | None = None,
-        rank: int = 0,
-        world: int = 1,
-        depth: int = 2,
-    ) -> None:
-        rank_slice(np.empty(batch_size), rank, world)
-        batch_indices(num_items, seed=seed, images_seen=images_seen, batch_size=batch_size)
-        if max_images is not None and (max_images - images_seen) % batch_size:
-            raise ValueError(
-                f"max_images={max_images} is not a whole number of batches of {batch_size} after {images_seen}"
-            )
-        self.images_seen = images_seen  # of the batches handed out, not of those fetched ahead
-        self.batch_size = batch_size
-        self._max_images = max_images
-        self._fetch = fetch
-        self._order = functools.partial(batch_indices, num_items, seed=seed, batch_size=batch_size)
-        self._rank, self._world = rank, world
-        self._ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(maxsize=max(depth, 1))
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    def __iter__(self) -> Iterator[T]:
-        return self
-
-    def __next__(self) -> T:
-        if self._stop.is_set() or (self._max_images is not None and self.images_seen >= self._max_images):
-            self.close()
-            raise StopIteration
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="batch-loader", daemon=True)
-            self._thread.start()
-        batch, error = self._ready.get()
-        if error is not None:
-            self.close()
-            raise error
-        self.images_seen += self.batch_size
-        return batch  # type: ignore[return-value]
-
-    def close(self) -> None:
-        """End the thread; batches fetched ahead are dropped. May be called twice."""
-        self._stop.set()
-        if self._thread is not None:
-            while self._thread.is_alive():
-                self._drain()
-                self._thread.join(timeout=0.01)
-            self._thread = None
-        self._drain()
-
-    def __enter__(self) -> BatchLoader[T]:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _work(self) -> None:
-        seen = self.images_seen
-        while not self._stop.is_set() and (self._max_images is None or seen < self._max_images):
-            try:
-                indices = self._order(images_seen=seen)
-                self._ready.put((self._fetch(rank_slice(indices, self._rank, self._world)), None))
-            except BaseException as error:
-                self._ready.put((None, error))
-                return
-            seen += self.batch_size
-
-    def _drain(self) -> None:
-        while True:
-            try:
-                self._ready.get_nowait()
-            except queue.Empty:
-                return
+def work_share(items: Sequence[int], rank: int, world: int) -> list[int]:
+    """Every world-th item from `rank` on: how shards that are still to be made are dealt out to workers."""
+    assert 0 <= rank < world
+    return list(items[rank::world])

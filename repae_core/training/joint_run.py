@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from repae_core.artifacts import Artifact
 from repae_core.config import PipelineConfig
-from repae_core.data import ImageShards, batch_indices
+from repae_core.data import DataOrder, ImageShards, batch_indices
 from repae_core.interop import read_latent_stats
 from repae_core.training.ablation_steps import frozen_vae_step, naive_end_to_end_step
 from repae_core.training.assembly import Encoders, joint_objective, new_joint_state
@@ -33,7 +35,8 @@ class JointRun(TrainingRun):
     def __init__(self, config: PipelineConfig, images: ImageShards, folder: Artifact, group: Group) -> None:
         super().__init__(config, folder, group)
         self.section = self.joint = config.train_repae
-        self.images, self.num_items = images, len(images)
+        self.images, self.read = images, functools.partial(read_images, images)
+        self.order = DataOrder(len(images), config.seed, images.shard_starts, self.joint.shuffle_shards)
         self.encoders = Encoders(self.joint, grid=config.token_grid("train_repae"), device=group.device)
         self.objective = self.joint_objective = joint_objective(self.joint, config.compat, group.device)
         self.state = new_joint_state(
@@ -45,10 +48,9 @@ class JointRun(TrainingRun):
             num_classes=images.num_classes,
         )
 
-    def batch(self, indices: np.ndarray, draws: Draws, step: int) -> Batch:
+    def batch(self, item: tuple[Tensor, Tensor], draws: Draws, step: int) -> Batch:
         """Images, labels, and (past the warm-up) the encoders' features."""
-        pixels = self.images.images(indices).to(self.group.device)
-        labels = torch.from_numpy(self.images.labels[indices]).to(self.group.device)
+        pixels, labels = (part.to(self.group.device) for part in item)
         features = self.encoders(pixels) if step >= self.joint.vae_warmup_steps else []
         return Batch(labels, features, images=pixels)
 
@@ -69,8 +71,8 @@ class JointRun(TrainingRun):
         if self.joint.latent_stats:
             scale, bias = read_latent_stats(self.joint.latent_stats)
         else:
-            count = min(self.joint.latent_stats_images, self.num_items)
-            chosen = batch_indices(self.num_items, seed=self.config.seed, images_seen=0, batch_size=count)
+            count = min(self.joint.latent_stats_images, len(self.images))
+            chosen = batch_indices(len(self.images), seed=self.config.seed, images_seen=0, batch_size=count)
             scale, bias = measure_latents(self.state.vae.module, self.images, chosen)
         for sit in (self.state.sit.module, self.state.ema):
             sit.set_latent_stats(scale=scale, bias=bias)
@@ -84,7 +86,7 @@ class JointRun(TrainingRun):
             step * self.joint.batch_size,
             vae=self.state.vae.module,
             sit=self.state.ema if step > self.joint.vae_warmup_steps else None,
-            real=self.images.images(np.arange(min(16, self.num_items))).to(self.group.device),
+            real=self.images.images(np.arange(min(16, len(self.images)))).to(self.group.device),
             guidance=self.config.generate.guidance,
             path=self.joint.path,
         )
@@ -92,3 +94,8 @@ class JointRun(TrainingRun):
     def specs(self) -> dict[str, Any]:
         """Constructor arguments of SiT and the VAE, and the interpolant."""
         return {"sit": self.state.sit.module.spec, "vae": self.state.vae.module.spec, "path": self.joint.path}
+
+
+def read_images(images: ImageShards, indices: np.ndarray, flip_mask: np.ndarray | None) -> tuple[Tensor, Tensor]:
+    """Images uint8 [B,3,H,W] and labels [B] of a batch."""
+    return images.images(indices, flip_mask), torch.from_numpy(images.labels[indices])

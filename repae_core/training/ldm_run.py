@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from repae_core.artifacts import Artifact
 from repae_core.config import PipelineConfig, TrainingConfig
-from repae_core.data import ImageShards, LatentShards
+from repae_core.data import DataOrder, ImageShards, LatentShards
 from repae_core.models import KLVAE
 from repae_core.training.assembly import Encoders, flow_objective, new_ldm_state, new_sit
 from repae_core.training.distributed import Group
@@ -39,7 +42,8 @@ class LDMRun(TrainingRun):
     ) -> None:
         super().__init__(config, folder, group)
         self.section = config.train_ldm
-        self.latents, self.images, self.num_items = latents, images, len(latents)
+        self.latents = latents
+        self.order = DataOrder(len(latents), config.seed, latents.shard_starts, self.section.shuffle_shards)
         self.vae = vae.to(group.device).eval()
         self.objective = flow_objective(self.section)
         torch.manual_seed(config.seed)
@@ -49,20 +53,23 @@ class LDMRun(TrainingRun):
         grid = sit.input_size // sit.patch_size
         cached = features_are_cached(latents, self.section, grid)
         self.encoders = None if cached else Encoders(self.section, grid=grid, device=group.device)
+        if self.encoders is None:
+            images = None
+        elif images is not None:
+            latents.require_same_images(images.keys, images.labels)
+        self.read = functools.partial(read_latents, latents, images, bool(self.section.encoder))
         self.state = new_ldm_state(self.section, group, sit)
 
-    def batch(self, indices: np.ndarray, draws: Draws, step: int) -> Batch:
+    def batch(self, item: LatentItem, draws: Draws, step: int) -> Batch:
         """z sampled anew from the cached mean and std, labels, features (cached, or of the images)."""
         device = self.group.device
-        mean, std = self.latents.latents(indices)
-        z = mean.to(device) + std.to(device) * draws.posterior_noise
-        labels = torch.from_numpy(self.latents.labels[indices]).to(device)
+        z = item.mean.to(device) + item.std.to(device) * draws.posterior_noise
         if self.encoders is None:
-            features = [f.to(device) for f in self.latents.features(indices)]
+            features = [f.to(device) for f in item.features]
         else:
-            assert self.images is not None
-            features = self.encoders(self.images.images(indices).to(device))
-        return Batch(labels, features, latents=z)
+            assert item.images is not None
+            features = self.encoders(item.images.to(device))
+        return Batch(item.labels.to(device), features, latents=z)
 
     def step(self, index: int, item: tuple[Batch, Draws]) -> Metrics:
         """One latent-only step."""
@@ -85,6 +92,31 @@ class LDMRun(TrainingRun):
     def specs(self) -> dict[str, Any]:
         """Constructor arguments of SiT and the VAE, and the interpolant."""
         return {"sit": self.state.sit.module.spec, "vae": self.vae.spec, "path": self.section.path}
+
+
+class LatentItem(NamedTuple):
+    """What a latent-only batch is made of: posterior mean and std [B,C,h,w], labels [B], features or images."""
+
+    mean: Tensor
+    std: Tensor
+    labels: Tensor
+    features: Sequence[Tensor] = ()
+    images: Tensor | None = None
+
+
+def read_latents(
+    latents: LatentShards,
+    images: ImageShards | None,
+    aligned: bool,
+    indices: np.ndarray,
+    flip_mask: np.ndarray | None,
+) -> LatentItem:
+    """A batch out of the cache; for alignment also its features, or the images of which they are still to be made."""
+    mean, std = latents.latents(indices, flip_mask)
+    labels = torch.from_numpy(latents.labels[indices])
+    if images is not None:
+        return LatentItem(mean, std, labels, images=images.images(indices, flip_mask))
+    return LatentItem(mean, std, labels, latents.features(indices, flip_mask) if aligned else ())
 
 
 def features_are_cached(latents: LatentShards, section: TrainingConfig, grid: int) -> bool:

@@ -10,7 +10,8 @@ import numpy as np
 
 from repae_core.artifacts import Artifact
 from repae_core.config import PipelineConfig, TrainingConfig
-from repae_core.data import batch_indices, rank_slice
+from repae_core.data import DataOrder, Selection, load_batches, rank_slice
+from repae_core.diffusion import item_generators, rand
 from repae_core.training.distributed import Group
 from repae_core.training.draws import Draws, sample_draws
 from repae_core.training.loop import LoopSettings, Report, TrainingLoop
@@ -25,14 +26,15 @@ class TrainingRun(ABC):
     section: TrainingConfig
     state: LDMState
     objective: FlowObjective
-    num_items: int
+    order: DataOrder
+    read: Callable[[np.ndarray, np.ndarray | None], Any]  # what a batch is made of, out of the store; picklable
 
     def __init__(self, config: PipelineConfig, folder: Artifact, group: Group) -> None:
         self.config, self.folder, self.group = config, folder, group
 
     @abstractmethod
-    def batch(self, indices: np.ndarray, draws: Draws, step: int) -> Batch:
-        """This rank's part of a global batch."""
+    def batch(self, item: Any, draws: Draws, step: int) -> Batch:
+        """This rank's part of a global batch, from what `read` gave, on its device."""
 
     @abstractmethod
     def step(self, index: int, item: tuple[Batch, Draws]) -> Metrics:
@@ -78,11 +80,21 @@ class TrainingRun(ABC):
     def batches(self, start_step: int) -> Iterator[tuple[Batch, Draws]]:
         """This rank's part of every global batch from a step on, with its draws."""
         size, rank, world = self.section.batch_size, self.group.rank, self.group.world_size
-        for step in range(start_step, self.section.total_steps):
-            seen = step * size
-            chosen = batch_indices(self.num_items, seed=self.config.seed, images_seen=seen, batch_size=size)
-            draws = self.draws(rank_slice(np.arange(seen, seen + size), rank, world))
-            yield self.batch(rank_slice(chosen, rank, world), draws, step), draws
+        steps = range(start_step, self.section.total_steps)
+        share = rank_slice(np.arange(size), rank, world)
+        selections = (self.selection(step * size + share) for step in steps)
+        items = load_batches(self.read, selections, workers=self.section.loader_workers)
+        for step, item in zip(steps, items, strict=True):
+            draws = self.draws(step * size + share)
+            yield self.batch(item, draws, step), draws
+
+    def selection(self, positions: np.ndarray) -> Selection:
+        """Which items stand at these consecutive positions of the training sequence, and which are mirrored."""
+        indices = self.order.batch(int(positions[0]), len(positions))
+        if not self.section.flip:
+            return Selection(indices)
+        generators = item_generators(self.config.seed, f"{self.stage}.flip", positions.tolist())
+        return Selection(indices, (rand((), generators) < 0.5).numpy())
 
     def draws(self, positions: np.ndarray) -> Draws:
         """Random draws of the images at these positions of the training sequence."""

@@ -1,5 +1,7 @@
 """SiT and its sampling written a second time, on timm's modules: what published weights are loaded into elsewhere."""
 
+import itertools
+
 import torch
 from timm.layers import Mlp, PatchEmbed
 from timm.models.vision_transformer import Attention
@@ -76,7 +78,7 @@ def euler_latents(
     """Unnormalised latents by the published Euler loop and its inverse of the latent norm, which leaves out the eps."""
     x, null = noise.double(), torch.full_like(y, sit.y_embedder["embedding_table"].num_embeddings - 1)
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-    for now, later in zip(times[:-1], times[1:], strict=True):
+    for now, later in itertools.pairwise(times):
         t = now.float().expand(len(x))
         velocity = sit(x.float(), t, y).double()
         if guidance > 1 and low <= now <= high:

@@ -35,16 +35,16 @@ def test_batches_in_any_order_and_with_repeats(artifact):
 
 
 def test_without_memory_the_same(artifact):
-    cached, uncached = ImageShards(artifact), ImageShards(artifact, cache_bytes=0)
+    cached, uncached = ImageShards(artifact, memory_bytes=2**20), ImageShards(artifact)
     order = np.array([4, 1, 4, 9])
     assert torch.equal(cached.images(order), uncached.images(order))
 
 
 def test_memory_spares_the_second_read(artifact):
-    images = ImageShards(artifact)
+    images = ImageShards(artifact, memory_bytes=2**20)
     first = images.images(np.arange(5))
     reads = []
-    images._decode = lambda i: reads.append(int(i)) or torch.zeros(3, 8, 8, dtype=torch.uint8)
+    images._decoded = lambda indices: reads.extend(indices.tolist()) or torch.zeros(len(indices), 3, 8, 8).byte()
     assert torch.equal(images.images(np.arange(5)), first)
     images.images(np.array([3, 5]))
     assert reads == [5]
@@ -74,10 +74,10 @@ def test_data_loader(artifact, workers):
 
 
 def test_pickles_without_its_memory(artifact):
-    images = ImageShards(artifact)
+    images = ImageShards(artifact, memory_bytes=2**20)
     images.images(np.arange(11))
     again = pickle.loads(pickle.dumps(images))
-    assert again._cache is None
+    assert again._memory is None
     assert torch.equal(again.images(np.arange(11)), images.images(np.arange(11)))
 
 

@@ -76,10 +76,10 @@ def direct_statistics(mean, std):
     return variance**-0.5, mean.mean(axis=(0, 2, 3))
 
 
-@pytest.mark.parametrize("cache_bytes", [2**30, 0, COUNT * 2 * 4 * 48 + 10])
-def test_what_is_read_is_what_was_written(images, made, cache_bytes):
+@pytest.mark.parametrize("memory_bytes", [2**30, 0, COUNT * 2 * 4 * 48 + 10])
+def test_what_is_read_is_what_was_written(images, made, memory_bytes):
     values, features = random_tensors()
-    latents = LatentShards(made[0], cache_bytes=cache_bytes)
+    latents = LatentShards(made[0], memory_bytes=memory_bytes)
     assert len(latents) == COUNT
     assert latents.keys == images.keys
     assert np.array_equal(latents.labels, images.labels)
@@ -94,10 +94,10 @@ def test_what_is_read_is_what_was_written(images, made, cache_bytes):
         assert torch.equal(read, written[order].half().float())
 
 
-@pytest.mark.parametrize("cache_bytes", [2**30, 0])
-def test_mirrored_rows_where_the_mask_says(made, cache_bytes):
+@pytest.mark.parametrize("memory_bytes", [2**30, 0])
+def test_mirrored_rows_where_the_mask_says(made, memory_bytes):
     values, features = random_tensors()
-    latents = LatentShards(made[0], cache_bytes=cache_bytes)
+    latents = LatentShards(made[0], memory_bytes=memory_bytes)
     order, mask = np.array([2, 9, 4, 2]), np.array([True, False, True, False])
     mean, std = latents.latents(order, mask)
     pick = torch.from_numpy(mask)[:, None, None, None]

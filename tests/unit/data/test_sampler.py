@@ -1,10 +1,9 @@
-import threading
-import time
+import itertools
 
 import numpy as np
 import pytest
 
-from repae_core.data.sampler import BatchLoader, batch_indices, rank_slice
+from repae_core.data.sampler import DataOrder, batch_indices, rank_slice, work_share
 
 
 def sequence(num_items, seed, start, count):
@@ -50,79 +49,45 @@ def test_errors_name_the_problem():
         sequence(4, 0, 0, 0)
     with pytest.raises(ValueError, match="negative"):
         sequence(4, 0, -1, 1)
-    with pytest.raises(ValueError, match="not a whole number of batches"):
-        BatchLoader(lambda i: i, num_items=4, seed=0, batch_size=3, max_images=4)
-    with pytest.raises(ValueError, match="multiple of workers"):
-        BatchLoader(lambda i: i, num_items=4, seed=0, batch_size=3, world=2)
+    with pytest.raises(ValueError, match="negative"):
+        DataOrder(4, 0, (0, 2), window=-1)
 
 
-@pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("stop", [0, 1, 5])
-def test_loader_resumes_anywhere(world, stop):
-    def read(rank, start, count):
-        with BatchLoader(
-            lambda i: i, num_items=10, seed=1, batch_size=4, images_seen=start, rank=rank, world=world
-        ) as loader:
-            batches = [next(loader) for _ in range(count)]
-            return batches, loader.images_seen
-
-    for rank in range(world):
-        whole, _ = read(rank, 0, 9)
-        first, seen = read(rank, 0, stop)
-        rest, _ = read(rank, seen, 9 - stop)
-        assert seen == 4 * stop
-        assert np.array_equal(np.concatenate(first + rest), np.concatenate(whole))
-    parts = [read(rank, 0, 9)[0] for rank in range(world)]
-    joined = np.concatenate([np.concatenate(batch) for batch in zip(*parts, strict=True)])
-    assert np.array_equal(joined, sequence(10, 1, 0, 36))
+STARTS = (0, 5, 9, 9, 14)  # shards of 5, 4, 0, 5 and 3 items
 
 
-def test_loader_stops_at_max_images():
-    loader = BatchLoader(lambda i: i, num_items=5, seed=0, batch_size=4, images_seen=8, max_images=20)
-    assert len(list(loader)) == 3
-    assert loader.images_seen == 20
-    assert list(loader) == []
+def windowed(seed=0, window=2):
+    return DataOrder(17, seed, STARTS, window)
 
 
-def test_loader_works_ahead_by_its_depth_only():
-    fetched = threading.Semaphore(0)
-    calls = []
-
-    def fetch(indices):
-        calls.append(indices)
-        fetched.release()
-        return len(calls)
-
-    with BatchLoader(fetch, num_items=9, seed=0, batch_size=3, depth=2) as loader:
-        assert next(loader) == 1
-        for _ in range(4):  # the one handed out, two waiting, one that waits for a place
-            assert fetched.acquire(timeout=5)
-        time.sleep(0.05)
-        assert len(calls) == 4
-        assert loader.images_seen == 3
+def test_a_window_loses_and_repeats_nothing():
+    whole = windowed().batch(0, 3 * 17)
+    for epoch in range(3):
+        assert sorted(whole[epoch * 17 : (epoch + 1) * 17]) == list(range(17))
+    assert not np.array_equal(whole[:17], whole[17:34])
+    for start in (1, 16, 20):
+        assert np.array_equal(windowed().batch(start, 7), whole[start : start + 7])
 
 
-def test_loader_hands_on_the_error_at_its_batch():
-    def fetch(indices):
-        if fetch.calls == 2:
-            raise OSError("shard 3 is gone")
-        fetch.calls += 1
-        return fetch.calls
-
-    fetch.calls = 0
-    loader = BatchLoader(fetch, num_items=9, seed=0, batch_size=3)
-    assert [next(loader), next(loader)] == [1, 2]
-    with pytest.raises(OSError, match="shard 3 is gone"):
-        next(loader)
-    with pytest.raises(StopIteration):
-        next(loader)
+def test_a_window_touches_so_many_shards_at_a_time():
+    shard = np.searchsorted(STARTS, windowed(window=1).batch(0, 17), side="right")
+    assert len([1 for a, b in itertools.pairwise(shard) if a != b]) == 3  # each of the four filled shards at once
+    pairs = np.searchsorted(STARTS, windowed().batch(0, 17), side="right")
+    assert len([1 for a, b in itertools.pairwise(pairs) if a != b]) > 3
 
 
-def test_close_ends_the_thread():
-    before = set(threading.enumerate())
-    loader = BatchLoader(lambda i: i, num_items=9, seed=0, batch_size=3)
-    next(loader)
-    assert set(threading.enumerate()) - before
-    loader.close()
-    loader.close()
-    assert set(threading.enumerate()) == before
+def test_a_window_of_all_shards_is_the_whole_data_set():
+    assert np.array_equal(windowed(window=5).batch(0, 17), windowed(window=0).batch(0, 17))
+
+
+def test_batches_of_ranks_join_to_the_global_ones():
+    order = windowed()
+    parts = [list(order.batches(start=6, stop=42, batch_size=6, rank=rank, world=3)) for rank in range(3)]
+    joined = [np.concatenate(batch) for batch in zip(*parts, strict=True)]
+    assert np.array_equal(np.concatenate(joined), order.batch(6, 36))
+
+
+def test_work_is_dealt_out_once():
+    shares = [work_share(range(11), rank, 3) for rank in range(3)]
+    assert sorted(itertools.chain(*shares)) == list(range(11))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1

@@ -94,7 +94,7 @@ def test_index_lists_every_shard(made):
 
 def test_webdataset_reads_the_shards(made):
     made, _ = made
-    path = made.store.local_path(made.key("shards/00000.tar"))
+    path = made.store.uri(made.key("shards/00000.tar"))
     samples = list(webdataset.WebDataset(str(path), shardshuffle=False).decode("rgb8"))
     images = ImageShards(made)
     assert [sample["__key__"] for sample in samples] == images.keys[:5]

@@ -122,7 +122,7 @@ def test_diffusion_loss_does_not_reach_the_vae(config, images, tmp_path):
     config = config.model_copy(update={"train_repae": off})
     run = start(config, images, folder(tmp_path))
     batch, draws = next(run.batches(2))
-    batch_again = run.batch(np.arange(8), draws, step=2)
+    batch_again = run.batch(run.read(np.arange(8), None), draws, step=2)
     assert batch_again.features[0].shape == (8, 16, 96)
     seen = []
     run.state.vae.backward = lambda loss: seen.append(torch.autograd.grad(loss, run.state.vae.parameters()[0])[0])

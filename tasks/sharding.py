@@ -1,0 +1,45 @@
+"""Launching work on shards: what `preprocess` and `cache-latents` share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tasks.ray_launch import launch
+from tasks.sharding_worker import Report
+from tasks.stage import StageContext
+from tasks.training_worker import artifact_reference
+
+MAX_FAILURES = 3  # restarts of failed workers; each goes on with the shards that are missing
+
+
+def write_shards(
+    context: StageContext,
+    worker: Callable[[dict[str, Any], Report], dict[str, Any]],
+    *,
+    workers: int,
+    cpus_per_worker: int,
+    gpus_per_worker: int = 0,
+) -> None:
+    """Run `worker` on that many Ray workers (0: here), and add up their progress."""
+    done: dict[int, int] = {}
+
+    def relay(message: dict[str, Any]) -> None:
+        done[message["rank"]] = message["done"]
+        context.progress(sum(done.values()), message["total"])
+
+    payload = {
+        "config": context.config.model_dump(mode="json"),
+        "out": artifact_reference(context.artifact),
+        "inputs": {role: artifact_reference(artifact) for role, artifact in context.inputs.items()},
+    }
+    launch(
+        worker,
+        payload,
+        session=context.run.session,
+        workers=workers,
+        cpus_per_worker=cpus_per_worker,
+        gpus_per_worker=gpus_per_worker,
+        max_failures=MAX_FAILURES,
+        on_report=relay,
+    )

@@ -1,0 +1,108 @@
+"""What each worker of `preprocess` and `cache-latents` runs, under Ray Train or in this process.
+
+Each writes its share of the shards; a shard's bytes do not depend on who writes it. Imports neither Prefect nor MLflow.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from repae_core.artifacts import Artifact
+from repae_core.config import PipelineConfig
+from tasks.training_worker import open_artifact
+
+if TYPE_CHECKING:
+    from repae_core.data.preprocess import PreprocessWork
+    from repae_core.stages.cache_latents import LatentWork
+
+Report = Callable[[dict[str, Any]], None]
+
+
+def preprocess_worker(payload: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Write this worker's share of the image shards."""
+    from repae_core.data.preprocess import write_missing_shards
+
+    config = PipelineConfig.model_validate(payload["config"])
+    rank, world = _rank_and_world()
+    write_missing_shards(
+        preprocess_work(config, open_artifact(payload["out"])),
+        rank=rank,
+        world=world,
+        processes=config.preprocess.processes,
+        progress=_reporter(rank, report),
+    )
+    return {}
+
+
+def latent_worker(payload: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Write this worker's share of the latent shards."""
+    import torch
+
+    from repae_core.stages.cache_latents import write_missing_latents
+
+    config = PipelineConfig.model_validate(payload["config"])
+    section = config.cache_latents
+    if section.workers:
+        torch.set_num_threads(section.cpus_per_worker)
+    rank, world = _rank_and_world()
+    inputs = {role: open_artifact(reference) for role, reference in payload["inputs"].items()}
+    write_missing_latents(
+        latent_work(config, inputs, open_artifact(payload["out"])),
+        rank=rank,
+        world=world,
+        device=torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if section.gpus_per_worker else "cpu"),
+        batch_size=section.batch_size,
+        loader_workers=section.loader_workers,
+        progress=_reporter(rank, report),
+    )
+    return {}
+
+
+def preprocess_work(config: PipelineConfig, out: Artifact) -> PreprocessWork:
+    """The plan of all image shards, equal in every worker."""
+    from repae_core.data import open_source
+    from repae_core.data.preprocess import plan_preprocessing
+
+    section = config.preprocess
+    return plan_preprocessing(
+        open_source(section.source),
+        out,
+        resolution=section.resolution,
+        images_per_shard=section.images_per_shard,
+        seed=config.seed,
+        encoding=section.encoding,
+        jpeg_quality=section.jpeg_quality,
+        max_skipped_fraction=section.max_skipped_fraction,
+    )
+
+
+def latent_work(config: PipelineConfig, inputs: Mapping[str, Artifact], out: Artifact) -> LatentWork:
+    """What is to be encoded, equal in every worker."""
+    from repae_core.artifact_models import load_vae
+    from repae_core.data import ImageShards, open_shard_cache
+    from repae_core.stages.cache_latents import plan_latents
+
+    section = config.cache_latents
+    return plan_latents(
+        load_vae(inputs["vae"]),
+        ImageShards(inputs["images"], shard_cache=open_shard_cache(section.shard_cache_gib)),
+        out,
+        dtype=section.dtype,
+        flip=section.flip,
+        encoders=section.encoder,
+        encoder_weights=section.encoder_weights,
+        encoder_grid=section.encoder_grid,
+        patch_size=config.train_ldm.patch_size,
+        spatial_norm=config.train_ldm.spatial_norm,
+    )
+
+
+def _rank_and_world() -> tuple[int, int]:
+    """As Ray Train sets them in its workers; one worker where nothing is set."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _reporter(rank: int, report: Report) -> Callable[[int, int], None]:
+    return lambda done, total: report({"rank": rank, "done": done, "total": total})
