@@ -15,7 +15,7 @@ VERSIONS = {
     "preprocess": 1,
     "train-repae": 1,
     "extract-vae": 1,
-    "cache-latents": 1,
+    "cache-latents": 2,
     "train-ldm": 1,
     "generate": 1,
     "evaluate": 1,

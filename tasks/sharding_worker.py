@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from repae_core.artifacts import Artifact
 from repae_core.config import PipelineConfig
-from tasks.training_worker import open_artifact
+from tasks.training_worker import open_artifact, torch_threads
 
 if TYPE_CHECKING:
     from repae_core.data.preprocess import PreprocessWork
@@ -44,19 +44,18 @@ def latent_worker(payload: dict[str, Any], report: Report) -> dict[str, Any]:
 
     config = PipelineConfig.model_validate(payload["config"])
     section = config.cache_latents
-    if section.workers:
-        torch.set_num_threads(section.cpus_per_worker)
     rank, world = _rank_and_world()
     inputs = {role: open_artifact(reference) for role, reference in payload["inputs"].items()}
-    write_missing_latents(
-        latent_work(config, inputs, open_artifact(payload["out"])),
-        rank=rank,
-        world=world,
-        device=torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if section.gpus_per_worker else "cpu"),
-        batch_size=section.batch_size,
-        loader_workers=section.loader_workers,
-        progress=_reporter(rank, report),
-    )
+    with torch_threads(section.threads):
+        write_missing_latents(
+            latent_work(config, inputs, open_artifact(payload["out"])),
+            rank=rank,
+            world=world,
+            device=torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if section.gpus_per_worker else "cpu"),
+            batch_size=section.batch_size,
+            loader_workers=section.loader_workers,
+            progress=_reporter(rank, report),
+        )
     return {}
 
 

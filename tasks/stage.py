@@ -149,6 +149,7 @@ def _prepared(run: PipelineRun, planned: PlannedStage, decision: Decision) -> It
         if work is not None:
             recorded = {role: InputEntry(**entry) for role, entry in work["inputs"].items()}
             keep = decision.action == "resume" and not stale_input(planned, recorded)
+        artifact.store.clear_leftovers(artifact.prefix)
         if work is None or not keep:
             artifact.discard(keep=("lease.json",))
             work = None

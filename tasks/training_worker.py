@@ -32,9 +32,8 @@ def train_worker(payload: dict[str, Any], report: Report) -> dict[str, Any]:
     store = Store(payload["store"], retry_seconds=config.store_retry_seconds)
     folder = Artifact(store, payload["stage"], payload["fingerprint"])
     inputs = {role: open_artifact(reference) for role, reference in payload["inputs"].items()}
-    torch.set_num_threads(payload["threads"] or section.cpus_per_worker)
     group = open_group(use_gpu=section.gpus_per_worker > 0)
-    with _log_file(folder, f"logs/rank{group.rank}.log"):
+    with torch_threads(payload["threads"]), _log_file(folder, f"logs/rank{group.rank}.log"):
         run: TrainingRun = _BUILDERS[payload["stage"]](config, inputs, folder, group)
         history = run.run(
             report=lambda progress: report(dataclasses.asdict(progress)) if group.is_main else None,
@@ -46,6 +45,19 @@ def train_worker(payload: dict[str, Any], report: Report) -> dict[str, Any]:
         lines = "".join(f"{json.dumps(row)}\n" for row in history)
         folder.write_bytes("metrics.jsonl", lines.encode())
     return {"images_seen": section.total_steps * section.batch_size, "last": history[-1] if history else {}}
+
+
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """So many torch threads inside: another number adds in another order and gives other last bits."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def artifact_reference(artifact: Artifact) -> dict[str, str]:

@@ -10,8 +10,9 @@ from typing import IO, Any
 
 from pydantic import ValidationError
 
+from repae_core.artifacts.local_files import HashingWriter
 from repae_core.artifacts.manifest import FileEntry, InputEntry, Manifest
-from repae_core.artifacts.store import HashingWriter, Store
+from repae_core.artifacts.store import Store
 
 MANIFEST = "manifest.json"
 LOGS = "logs/"  # hold times, so they are no part of what an artifact is

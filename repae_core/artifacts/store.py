@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import io
+import errno
 import json
 import os
 import shutil
@@ -12,13 +11,14 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, TypeVar, cast
+from typing import IO, Any, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from repae_core.artifacts.local_files import TEMPORARY, HashingWriter, read_local_range, temporary_beside, walk_files
+
 T = TypeVar("T")
-_TEMPORARY = ".tmp-"
 _CHECK_SECONDS = 15.0
 # Answers, not disturbances: asking again would not change them.
 _FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError, ImportError)
@@ -26,31 +26,6 @@ _FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError
 
 class StoreError(OSError):
     """The store cannot be used; one line that names it."""
-
-
-class HashingWriter(io.RawIOBase):
-    """A binary stream that counts and hashes what is written; `bytes` and `sha256` are those of the file."""
-
-    def __init__(self, target: IO[bytes]) -> None:
-        self._target = target
-        self._digest = hashlib.sha256()
-        self.bytes = 0
-
-    def write(self, data: Any) -> int:
-        """Append bytes."""
-        self._target.write(data)
-        self._digest.update(data)
-        self.bytes += memoryview(data).nbytes
-        return memoryview(data).nbytes
-
-    def writable(self) -> bool:
-        """True."""
-        return True
-
-    @property
-    def sha256(self) -> str:
-        """Hex digest of what was written so far."""
-        return self._digest.hexdigest()
 
 
 class Store:
@@ -139,14 +114,15 @@ class Store:
         self.write_bytes(key, (json.dumps(value, indent=1) + "\n").encode())
 
     def create(self, key: str, data: bytes) -> bool:
-        """Write a file only if there is none; whether it was this call that did."""
+        """Write a file only if there is none; whether it was this call that did. `data` names the writer."""
         try:
             if self.is_local:
                 self._link_new(self._path(key), data)
             else:
-                self._try(key, lambda: self.fs.pipe_file(self._path(key), data, mode="create"))
+                self._try(key, lambda: self._pipe_new(self._path(key), data))
         except FileExistsError:
-            return False
+            # A retry after a lost answer finds what it wrote itself.
+            return not self.is_local and self._get(key, lambda: self.fs.cat_file(self._path(key))) == data
         return True
 
     def exists(self, key: str) -> bool:
@@ -157,9 +133,11 @@ class Store:
         """Bytes of every file below a folder, by its name relative to it; empty where there is none."""
         base = self._path(prefix) if prefix else self.root
         if self.is_local:
-            return dict(_walk(base))
+            return dict(walk_files(base))
         found = self._try(prefix or ".", lambda: self.fs.find(base, detail=True))
-        return {name[len(base) + 1 :]: int(info["size"]) for name, info in sorted(found.items())}
+        # S3 servers also list markers of folders.
+        files = {name: info for name, info in sorted(found.items()) if info["type"] == "file" and name != base}
+        return {name[len(base) + 1 :]: int(info["size"]) for name, info in files.items()}
 
     def folders(self, prefix: str) -> list[str]:
         """Names of the folders directly below a folder, sorted."""
@@ -178,6 +156,13 @@ class Store:
         with contextlib.suppress(FileNotFoundError):
             self._try(key, lambda: self.fs.rm(path, recursive=True) if recursive else self.fs.rm_file(path))
 
+    def clear_leftovers(self, prefix: str) -> None:
+        """Remove what killed writers left half-written below a folder; a lease that is just being written is spared."""
+        if self.is_local:
+            for path in Path(self._path(prefix)).rglob(f"*{TEMPORARY}*"):
+                if not path.name.startswith("lease.json"):
+                    path.unlink(missing_ok=True)
+
     @contextlib.contextmanager
     def reader(self, key: str) -> Iterator[IO[bytes]]:
         """A seekable binary stream; FileNotFoundError naming the file."""
@@ -189,7 +174,7 @@ class Store:
         """A stream for large files: there, under its name, only when the block ends without an exception."""
         path = self._path(key)
         if self.is_local:
-            with _temporary(path) as (scratch, file):
+            with temporary_beside(path) as (scratch, file):
                 stream = HashingWriter(file)
                 yield stream
                 file.flush()
@@ -201,6 +186,7 @@ class Store:
             yield HashingWriter(remote)
         except BaseException:
             remote.discard()
+            remote.closed = True  # else fsspec would try to finish it when it is collected
             raise
         self._try(key, remote.close)
 
@@ -208,11 +194,19 @@ class Store:
         return f"{self.root}/{_checked(key)}"
 
     def _link_new(self, path: str, data: bytes) -> None:
-        with _temporary(path) as (scratch, file):
+        with temporary_beside(path) as (scratch, file):
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
             os.link(scratch, path)
+
+    def _pipe_new(self, path: str, data: bytes) -> None:
+        try:
+            self.fs.pipe_file(path, data, mode="create")
+        except OSError as error:
+            if error.errno == errno.EINVAL:  # s3fs' word for S3's 412, "precondition failed"
+                raise FileExistsError(path) from None
+            raise
 
     def _get(self, key: str, action: Callable[[], T]) -> T:
         try:
@@ -235,15 +229,6 @@ class Store:
             pause = min(pause * 2, 10.0)
 
 
-def read_local_range(path: str, start: int, length: int) -> bytes:
-    """`length` bytes of a local file from `start` on; FileNotFoundError naming it."""
-    try:
-        with open(path, "rb", buffering=0) as file:
-            return os.pread(file.fileno(), length, start)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist") from None
-
-
 def absolute_url(url: str) -> str:
     """A store's URL without trailing slash; local paths are made absolute (workers have other folders)."""
     if url.startswith("file://"):
@@ -258,30 +243,6 @@ def _checked(key: str) -> str:
     if not key or any(part in ("", ".", "..") for part in parts) or "\\" in key:
         raise ValueError(f"{key!r} is not a path inside the store")
     return key
-
-
-@contextlib.contextmanager
-def _temporary(path: str) -> Iterator[tuple[str, IO[bytes]]]:
-    """A new file beside `path`, removed in the end if it is still there."""
-    folder, name = os.path.split(path)
-    os.makedirs(folder, exist_ok=True)
-    scratch = os.path.join(folder, f"{name}{_TEMPORARY}{uuid.uuid4().hex[:12]}")
-    try:
-        with open(scratch, "xb") as file:
-            yield scratch, cast(IO[bytes], file)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(scratch)
-
-
-def _walk(base: str) -> Iterator[tuple[str, int]]:
-    for folder, folders, names in os.walk(base):
-        folders.sort()
-        for name in sorted(names):
-            if _TEMPORARY not in name:
-                path = os.path.join(folder, name)
-                with contextlib.suppress(FileNotFoundError):
-                    yield os.path.relpath(path, base).replace(os.sep, "/"), os.stat(path).st_size
 
 
 def _is_final(error: Exception) -> bool:

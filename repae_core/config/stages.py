@@ -47,9 +47,10 @@ class CacheLatentsConfig(Config):
     encoder: tuple[str, ...] = output((), "Encoders whose features are cached too; [] = none")
     encoder_weights: tuple[str, ...] = output((), "One weights file an encoder; empty = the registry's", content=True)
     encoder_grid: int | None = output(None, "Tokens a side of the features; none = the grid of train_ldm.model", ge=1)
-    batch_size: int = execution(64, "Images a forward pass", ge=1)
+    batch_size: int = output(64, "Images a forward pass (another number may change the last bits)", ge=1)
+    threads: int = output(1, "Torch threads a worker (another number may change the last bits)", ge=1)
     workers: int = execution(0, "Ray workers, each with its share of the shards; 0 = in this process", ge=0)
-    cpus_per_worker: int = execution(2, "CPUs reserved for a worker", ge=1)
+    cpus_per_worker: int = execution(1, "CPUs reserved for a worker", ge=1)
     gpus_per_worker: int = execution(0, "GPUs reserved for a worker", ge=0)
     loader_workers: int = execution(0, "Processes that read and decode ahead, a worker; 0 = none", ge=0)
     shard_cache_gib: float = execution(

@@ -10,7 +10,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from repae_core.artifacts import Store
-from repae_core.artifacts.store import read_local_range
+from repae_core.artifacts.local_files import read_local_range
 from repae_core.config.environment import repae_home
 
 _PARTIAL = ".partial"

@@ -86,9 +86,11 @@ def test_launch_reports_results_and_the_cause_of_failures():
         raise ValueError("the data set is cursed")
 
     def echo_worker(payload, report):
+        import os
+
         import torch.distributed as dist
 
-        report({"seen": payload["value"]})
+        report({"seen": payload["value"], "rank": os.environ.get("RANK")})
         return {"world": dist.get_world_size() if dist.is_initialized() else 1}
 
     seen = []
@@ -102,7 +104,8 @@ def test_launch_reports_results_and_the_cause_of_failures():
             launch(failing_worker, {"value": 3}, workers=1, **settings)
     finally:
         session.close()
-    assert [message["seen"] for message in seen] == [1, 2, 3]
+    assert [message["seen"] for message in seen] == [1, 2, 2, 3]  # every rank reports
+    assert {message["rank"] for message in seen[1:3]} == {"0", "1"}
 
 
 def test_an_unreachable_cluster_is_one_line(monkeypatch):

@@ -1,0 +1,72 @@
+"""Files on this machine: atomic writes, ranges, listings, and a stream that hashes what passes."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import uuid
+from collections.abc import Iterator
+from typing import IO, Any, cast
+
+TEMPORARY = ".tmp-"
+
+
+class HashingWriter(io.RawIOBase):
+    """A binary stream that counts and hashes what is written; `bytes` and `sha256` are those of the file."""
+
+    def __init__(self, target: IO[bytes]) -> None:
+        self._target = target
+        self._digest = hashlib.sha256()
+        self.bytes = 0
+
+    def write(self, data: Any) -> int:
+        """Append bytes."""
+        self._target.write(data)
+        self._digest.update(data)
+        self.bytes += memoryview(data).nbytes
+        return memoryview(data).nbytes
+
+    def writable(self) -> bool:
+        """True."""
+        return True
+
+    @property
+    def sha256(self) -> str:
+        """Hex digest of what was written so far."""
+        return self._digest.hexdigest()
+
+
+def read_local_range(path: str, start: int, length: int) -> bytes:
+    """`length` bytes of a local file from `start` on; FileNotFoundError naming it."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return os.pread(file.fileno(), length, start)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist") from None
+
+
+@contextlib.contextmanager
+def temporary_beside(path: str) -> Iterator[tuple[str, IO[bytes]]]:
+    """A new file beside `path`, removed in the end if it is still there."""
+    folder, name = os.path.split(path)
+    os.makedirs(folder, exist_ok=True)
+    scratch = os.path.join(folder, f"{name}{TEMPORARY}{uuid.uuid4().hex[:12]}")
+    try:
+        with open(scratch, "xb") as file:
+            yield scratch, cast(IO[bytes], file)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(scratch)
+
+
+def walk_files(base: str) -> Iterator[tuple[str, int]]:
+    """(name relative to the folder, bytes) of every finished file below it, sorted within each folder."""
+    for folder, folders, names in os.walk(base):
+        folders.sort()
+        for name in sorted(names):
+            if TEMPORARY not in name:
+                path = os.path.join(folder, name)
+                with contextlib.suppress(FileNotFoundError):
+                    yield os.path.relpath(path, base).replace(os.sep, "/"), os.stat(path).st_size

@@ -1,0 +1,62 @@
+"""Preprocess and cache-latents on two real Ray workers: the same bytes as in one process, also after a kill."""
+
+import threading
+import time
+
+import psutil
+import tiny
+
+from repae_core.artifacts import Artifact, RunRecord, Store
+from tasks.cache_latents import cache_latents
+from tasks.extract_vae import extract_vae
+from tasks.pipeline_run import open_run
+from tasks.preprocess import preprocess
+from tasks.train_repae import train_repae
+
+STAGES = ("preprocess", "cache-latents")
+
+
+def run_stages(config) -> RunRecord:
+    with open_run(config, kind="full-pipeline") as run:
+        for stage in (preprocess, train_repae, extract_vae, cache_latents):
+            stage.fn(run)
+    return run.record
+
+
+def made(record, stage) -> dict[str, str]:
+    artifact = Artifact(Store(record.config["store"]), stage, record.stages[stage].fingerprint)
+    return tiny.contents(artifact)
+
+
+def kill_a_worker(killed: list[str], key: str, folder: Store) -> None:
+    """SIGKILL the first Ray worker that is seen once a file of that kind is there."""
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and not killed:
+        found = [name for name in folder.files("cache-latents") if key in name]
+        for process in psutil.process_iter(["cmdline"]) if found else ():
+            if "ray::RayTrainWorker" in "".join(process.info["cmdline"] or []):
+                process.kill()
+                killed.append(found[0])
+                return
+        time.sleep(0.02)
+
+
+def test_two_workers_write_the_same_bytes(tmp_path, home):
+    images = tiny.write_images(tmp_path / "images")
+    small = ("preprocess.images_per_shard=4", "cache_latents.flip=true", "cache_latents.batch_size=1")
+    workers = ("preprocess.workers=2", "cache_latents.workers=2", "cache_latents.cpus_per_worker=1",
+               "cache_latents.loader_workers=1")  # fmt: skip
+    one = run_stages(tiny.config(images, tmp_path / "one", *small))
+    killed: list[str] = []
+    store = Store(str(tmp_path / "two"))
+    thread = threading.Thread(target=kill_a_worker, args=(killed, ".safetensors", store))
+    thread.start()
+    two = run_stages(tiny.config(images, store.url, *small, *workers))
+    thread.join()
+    assert killed, "no worker was killed: the test proves less"
+    for stage in STAGES:
+        assert two.stages[stage].fingerprint == one.stages[stage].fingerprint
+        assert made(two, stage) == made(one, stage)
+        artifact = Artifact(store, stage, two.stages[stage].fingerprint)
+        assert artifact.manifest().workers == 2
+        assert artifact.verify() == []
