@@ -16,7 +16,9 @@ class PreprocessConfig(Config):
         "digits", "Images: `digits` (built in), a folder of class folders, or a flat folder with dataset.json"
     )
     resolution: int = output(256, "Side of the square images, pixels", ge=8, le=4096)
-    images_per_shard: int | None = output(None, "Images planned for one shard; none = about 256 MB", ge=1)
+    images_per_shard: int | None = output(
+        None, "Images planned for one shard; none = about 256 MB, or a sixteenth of the data set", ge=1
+    )
     encoding: Literal["png", "webp", "jpeg"] = output("png", "Image format in the shards; png and webp are lossless")
     jpeg_quality: int = output(95, "Quality where encoding is jpeg; else not used", ge=1, le=100)
     max_skipped_fraction: float = output(0.01, "Share of unreadable images above which the stage stops", ge=0, le=1)

@@ -76,7 +76,7 @@ def plan_preprocessing(
 ) -> PreprocessWork:
     """Which image goes where; the same in every process that is given the same source and settings.
 
-    images_per_shard: None = as many as make about 256 MB. max_skipped_fraction: share of the names that should have
+    images_per_shard: None = as `default_images_per_shard`. max_skipped_fraction: share of the names that should have
     given an image.
 
     Raises:
@@ -84,7 +84,11 @@ def plan_preprocessing(
     """
     if encoding not in SUFFIXES:
         raise ValueError(f"preprocess.encoding: {encoding!r} is not one of {', '.join(SUFFIXES)}")
-    size = default_images_per_shard(resolution, encoding) if images_per_shard is None else images_per_shard
+    size = (
+        default_images_per_shard(len(source.items), resolution, encoding)
+        if images_per_shard is None
+        else images_per_shard
+    )
     expected = len(source.items) + sum(entry.failure for entry in source.skipped)
     max_failures = math.floor(max_skipped_fraction * expected)
     check_failures(source.skipped, max_failures)
