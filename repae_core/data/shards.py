@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from repae_core.artifacts import Artifact, FileEntry
-from repae_core.data.crop import DECODING_ERRORS, center_crop
+from repae_core.data.crop import center_crop
 from repae_core.data.sources import BadImageError, ImageReader, ImageSource, Skipped, SourceItem
 
 logger = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ def write_shard(
     with artifact.writer(shard_name(k)) as stream, tarfile.open(mode="w|", fileobj=stream) as tar:
         for sample in samples:
             try:
-                pixels = _read_crop(reader, sample.item.name, settings.resolution)
+                pixels = center_crop(reader.read(sample.item), settings.resolution)
             except BadImageError as error:
                 columns.skip(sample, error)
                 check_failures(columns.skipped, settings.max_failures)
@@ -132,14 +132,6 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     tar.addfile(member, io.BytesIO(content))
 
 
-def _read_crop(reader: ImageReader, name: str, resolution: int) -> np.ndarray:
-    image = reader.read(name)
-    try:
-        return center_crop(image, resolution)
-    except DECODING_ERRORS as error:
-        raise BadImageError(" ".join(str(error).split())[:200] or type(error).__name__) from None
-
-
 _VALUES = np.arange(256, dtype=np.int64)
 
 
@@ -157,7 +149,7 @@ class _Columns:
         self.sums += counts @ _VALUES, counts @ _VALUES**2
 
     def skip(self, sample: Sample, error: BadImageError) -> None:
-        logger.warning("skipped %s: %s", sample.item.name, error)
+        logger.warning("skipped %s: %s", ascii(sample.item.name)[1:-1], error)
         self.skipped.append(Skipped(sample.item.name, str(error)))
 
     def to_json(self) -> dict[str, Any]:
