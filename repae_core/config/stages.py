@@ -13,7 +13,8 @@ class PreprocessConfig(Config):
     """Raw images to WebDataset shards of square RGB images."""
 
     source: str = output(
-        "digits", "Images: `digits`, or class folders, images with dataset.json, a tar, zip, WebDataset, or Parquet tables"
+        "digits",
+        "Images: `digits`, or class folders, images with dataset.json, a tar, zip, WebDataset, or Parquet tables",
     )
     resolution: int = output(256, "Side of the square images, pixels", ge=8, le=4096)
     images_per_shard: int | None = output(None, "Images planned for one shard; none = about 256 MB", ge=1)

@@ -53,7 +53,7 @@ class Listing:
 
 def is_hidden(name: str) -> bool:
     """Whether a name is no part of a data set: of the operating system, or hidden by its user."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+    return any((part.startswith(".") and part != "..") or part == "__MACOSX" for part in name.split("/"))
 
 
 def is_image(name: str) -> bool:

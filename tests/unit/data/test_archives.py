@@ -1,5 +1,6 @@
 """Tar and zip archives, WebDataset shards and Parquet tables as sources."""
 
+import contextlib
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -58,6 +60,7 @@ def write_tar(path: Path, files, **options) -> Path:
 
 
 def write_zip(path: Path, files, method: int = zipfile.ZIP_DEFLATED) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(path, "w", method) as archive:
         for name, content in files.items() if isinstance(files, dict) else files:
             archive.writestr(name, content)
@@ -250,7 +253,7 @@ def test_names_that_leave_the_archive_are_listed_and_nothing_is_written(tmp_path
     inside = tmp_path / "inside"
     inside.mkdir()
     write = write_tar if form == "tar" else write_zip
-    with pytest.warns(UserWarning, match="Duplicate") if form == "zip" else fsspec.utils.nullcontext():
+    with pytest.warns(UserWarning, match="Duplicate") if form == "zip" else contextlib.nullcontext():
         path = write(inside / f"data.{form}", [(name, image) for name in names])
     before = sorted(tmp_path.rglob("*"))
     source = open_source(str(path))
@@ -305,7 +308,7 @@ def test_links_in_a_tar(tmp_path):
     ]
 
 
-def test_zip_members_that_cannot_be_read(tmp_path, monkeypatch):
+def test_zip_members_that_cannot_be_read(tmp_path):
     files = photo_files()
     path = write_zip(tmp_path / "data.zip", {name: files[name] for name in ("cat/000.png", "cat/003.jpg")})
     with zipfile.ZipFile(path, "a") as archive:
@@ -328,8 +331,7 @@ def test_zip_members_that_cannot_be_read(tmp_path, monkeypatch):
         Skipped("dog/bomb.png", "536870913 bytes are too many for one image (limit 536870912)"),
         Skipped("dog/link.png", "a link inside an archive"),
         Skipped("dog/lzma.png", "packed by method 14; only stored and deflated members are read"),
-        Skipped("dog/", "class folder without images"),
-    ] or {entry.name for entry in source.skipped} >= {"cat/000.png", "dog/bomb.png", "dog/link.png", "dog/lzma.png"}
+    ]
     with pytest.raises(BadImageError, match="damaged in the archive"):
         source.read(source.items[0])
 
@@ -341,8 +343,6 @@ def test_a_zip_member_that_states_too_small_a_size_fills_no_memory(tmp_path):
     content[place + 24 : place + 28] = struct.pack("<I", 1000)
     path.write_bytes(content)
     source = open_source(str(path))
-    import tracemalloc
-
     tracemalloc.start()
     with pytest.raises(BadImageError, match="size or CRC"):
         source.read(source.items[0])
@@ -377,7 +377,9 @@ def test_damaged_archives_are_refused_whole(tmp_path):
     refused(write_tar(tmp_path / "b.tar", files, mode="w:xz"), "compressed with xz")
     (tmp_path / "empty.tar").write_bytes(b"")
     refused(tmp_path / "empty.tar", "cut off after its start: empty file")
-    refused(write_tar(tmp_path / "text.tar", {"a/notes.txt": b"x", "b.csv": b"x"}), r"no images found.*1 \.txt, 1 \.csv")
+    refused(
+        write_tar(tmp_path / "text.tar", {"a/notes.txt": b"x", "b.csv": b"x"}), r"no images found.*1 \.txt, 1 \.csv"
+    )
     refused(write_tar(tmp_path / "loose.tar", {"1.png": files["cat/000.png"], "a/1.png": b""}), "outside class folders")
 
 

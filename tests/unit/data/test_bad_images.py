@@ -1,6 +1,7 @@
 """Every kind of bad file: read as it looks, or skipped, counted and listed with its reason; never a crash."""
 
 import json
+import os
 import warnings
 
 import bad_images
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from bad_images import BAD, EMPTY_CLASS, GOOD, LINKED, LINKED_BAD, OTHER
+from fsspec.implementations.local import LocalFileSystem
 from PIL import Image, PngImagePlugin
 from torchvision.io import ImageReadMode, decode_jpeg
 
@@ -112,10 +114,6 @@ def test_damage_anywhere_is_a_bad_image_or_a_picture():
 
 
 def test_an_unreadable_file_and_folder(tmp_path, monkeypatch):
-    import os
-
-    from fsspec.implementations.local import LocalFileSystem
-
     for name in ("a/1.png", "b/1.png", "c/1.png"):
         (tmp_path / name).parent.mkdir()
         Image.new("RGB", (8, 8)).save(tmp_path / name)
@@ -133,8 +131,7 @@ def test_an_unreadable_file_and_folder(tmp_path, monkeypatch):
 
     monkeypatch.setattr(LocalFileSystem, "cat_file", refuse_file)
     monkeypatch.setattr(os, "scandir", refuse_folder)
-    made = artifact(tmp_path / "store")
-    monkeypatch.setattr(os, "scandir", refuse_folder)
+    made = artifact(tmp_path.parent / f"{tmp_path.name}-store")
     source = open_source(str(tmp_path))
     monkeypatch.setattr(os, "scandir", scandir)
     preprocess_images(source, made, **SETTINGS, max_skipped_fraction=0.9)
@@ -147,8 +144,6 @@ def test_an_unreadable_file_and_folder(tmp_path, monkeypatch):
 
 
 def test_a_machine_without_file_handles_is_no_bad_image(tmp_path, monkeypatch):
-    from fsspec.implementations.local import LocalFileSystem
-
     (tmp_path / "a").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "a" / "1.png")
     source = open_source(str(tmp_path))
