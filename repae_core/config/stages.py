@@ -13,7 +13,8 @@ class PreprocessConfig(Config):
     """Raw images to WebDataset shards of square RGB images."""
 
     source: str = output(
-        "digits", "Images: `digits` (built in), a folder of class folders, or a flat folder with dataset.json"
+        "digits",
+        "Images: `digits`, or class folders, images with dataset.json, a tar, zip, WebDataset, or Parquet tables",
     )
     resolution: int = output(256, "Side of the square images, pixels", ge=8, le=4096)
     images_per_shard: int | None = output(

@@ -1,13 +1,36 @@
-"""From any picture to a square RGB array: ADM's centre crop."""
+"""From the bytes of any picture to a square RGB array: safe decoding and ADM's centre crop."""
 
 from __future__ import annotations
 
-import numpy as np
-from PIL import Image, ImageOps
+import contextlib
+import io
+import re
+import warnings
+from collections.abc import Iterator
 
-# What Pillow's decoders raise on damaged data; Image.DecompressionBombError: over twice MAX_IMAGE_PIXELS.
-DECODING_ERRORS = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from repae_core.data.sources import BadImageError
+
+_EXPECTED = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError, Image.DecompressionBombWarning)
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+
+
+def open_image(data: bytes) -> Image.Image:
+    """The picture in a file's bytes, of any format Pillow knows, whatever the file is called; not yet decoded.
+
+    Raises:
+        BadImageError: no picture, or one of more than `Image.MAX_IMAGE_PIXELS` (89 million) pixels; or a PNG with a
+            wrong checksum or without its end.
+    """
+    with _decoding():
+        image = Image.open(io.BytesIO(data))
+        if image.format == "PNG":
+            # Pillow does not compare the checksums of the pixel data when it decodes.
+            image.verify()
+            image = Image.open(io.BytesIO(data))
+        return image
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:
@@ -16,9 +39,8 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
     Box filter to half while the short side is at least 2*size, bicubic until it equals `size`, then the centre.
 
     Raises:
-        ValueError: the picture's mode has no defined way to RGB, see `to_rgb`; or it is so long and thin that the
-            enlarged picture would pass Pillow's limit for decompression bombs.
-        OSError: the picture's data are damaged.
+        BadImageError: as `to_rgb`; or the picture is so long and thin that the enlarged one would pass Pillow's
+            limit for decompression bombs.
     """
     image = to_rgb(image)
     while min(image.size) >= 2 * size:
@@ -26,7 +48,7 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
     scale = size / min(image.size)
     width, height = round(image.width * scale), round(image.height * scale)
     if width * height > 2 * (Image.MAX_IMAGE_PIXELS or float("inf")):
-        raise ValueError(f"{image.width}x{image.height} pixels are too long and thin to be enlarged to {size}")
+        raise BadImageError(f"{image.width}x{image.height} pixels are too long and thin to be enlarged to {size}")
     image = image.resize((width, height), resample=Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
     return np.asarray(image)[top : top + size, left : left + size].copy()
@@ -36,30 +58,57 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """The picture as people see it, in mode RGB.
 
     EXIF orientation is applied (a phone's portrait stands upright; an unreadable EXIF block counts as none).
-    Alpha is dropped, not blended; palettes are looked up; CMYK by Pillow's conversion; grey is repeated;
-    of 16-bit grey the high byte is kept, as decoders do for 16-bit colour; of an animation the first frame.
+    Alpha is dropped, not blended; palettes are looked up; CMYK by Pillow's conversion, JPEGs with Adobe's inverted
+    values; grey is repeated; of 16-bit grey the high byte is kept, as decoders do for 16-bit colour; of an animation
+    the first frame.
 
     Raises:
-        ValueError: floating-point or LAB pictures: they state no range or profile that would define RGB.
-        OSError: the picture's data are damaged.
+        BadImageError: the picture's data are damaged, whatever the decoder makes of that; or a floating-point or LAB
+            picture: they state no range or profile that would define RGB.
     """
-    image.load()
-    image = _upright(image)
-    if image.mode == "RGB":
-        return image
-    if image.mode in ("F", "LAB"):
-        raise ValueError(f"images of mode {image.mode} have no defined conversion to RGB")
-    if image.mode in _SIXTEEN_BIT:
-        high_byte = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
-        image = Image.fromarray(high_byte.astype(np.uint8))
-    if image.mode in ("RGBa", "La"):
-        image = image.convert({"RGBa": "RGBA", "La": "LA"}[image.mode])
-    return image.convert("RGB")
+    with _decoding():
+        image.load()
+        _turn_upright(image)
+        if image.mode == "RGB":
+            return image
+        if image.mode in ("F", "LAB"):
+            raise BadImageError(f"images of mode {image.mode} have no defined conversion to RGB")
+        if image.mode in _SIXTEEN_BIT:
+            high_byte = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
+            image = Image.fromarray(high_byte.astype(np.uint8))
+        if image.mode in ("RGBa", "La"):
+            image = image.convert({"RGBa": "RGBA", "La": "LA"}[image.mode])
+        return image.convert("RGB")
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:
-        # Broken EXIF raises many types (struct.error, SyntaxError, ...); the pixels are sound nevertheless.
-        return image
+@contextlib.contextmanager
+def _decoding() -> Iterator[None]:
+    """What a decoder raises becomes a BadImageError; its warnings are quiet, but that of a decompression bomb counts.
+
+    Decoders raise many types on damaged data (struct.error, IndexError, MemoryError, ...): all mean this file.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            yield
+        except BadImageError:
+            raise
+        except UnidentifiedImageError:
+            raise BadImageError("not an image, or damaged at its start") from None
+        except Exception as error:
+            raise BadImageError(_reason(error)) from None
+
+
+def _reason(error: Exception) -> str:
+    """One short line without addresses in memory: it enters the artifact, which must not differ between runs."""
+    text = re.sub(r" at 0x[0-9a-f]+", "", " ".join(str(error).split()))[:200]
+    if isinstance(error, _EXPECTED) and text:
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _turn_upright(image: Image.Image) -> None:
+    # Broken EXIF raises many types (struct.error, SyntaxError, ...); the pixels are sound nevertheless.
+    with contextlib.suppress(Exception):
+        ImageOps.exif_transpose(image, in_place=True)  # else it copies every picture, turned or not

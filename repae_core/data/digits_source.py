@@ -13,7 +13,7 @@ from repae_core.data.sources import ImageSource, SourceItem
 
 
 class DigitsReader:
-    """Reads digit `name` = its number, zero-padded; the arrays are loaded on first use and never pickled."""
+    """Reads digits; an item's name is its number, zero-padded; the arrays are loaded on first use and never pickled."""
 
     def __init__(self) -> None:
         self._loaded: tuple[np.ndarray, np.ndarray] | None = None
@@ -26,9 +26,9 @@ class DigitsReader:
             self._loaded = load_digits()
         return self._loaded
 
-    def read(self, name: str) -> Image.Image:
+    def read(self, item: SourceItem) -> Image.Image:
         """One digit, 32x32."""
-        return Image.fromarray(self.arrays()[0][int(name)])
+        return Image.fromarray(self.arrays()[0][int(item.name)])
 
     def digest(self, items: Sequence[SourceItem]) -> dict[str, Any]:
         """sha256 of pixels and labels."""

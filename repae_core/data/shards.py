@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from repae_core.artifacts import Artifact, FileEntry
-from repae_core.data.crop import DECODING_ERRORS, center_crop
+from repae_core.artifacts import Artifact, FileEntry, HashingWriter
+from repae_core.data.crop import center_crop
 from repae_core.data.sources import BadImageError, ImageReader, ImageSource, Skipped, SourceItem
 
 logger = logging.getLogger(__name__)
@@ -109,38 +109,37 @@ def write_shard(
         ValueError: more images than settings.max_failures could not be read in this shard alone; names the first.
     """
     columns = _Columns()
-    # Python's own tarfile: WebDataset's writer makes the same files, but imports torch in every process.
-    with artifact.writer(shard_name(k)) as stream, tarfile.open(mode="w|", fileobj=stream, bufsize=1 << 20) as tar:
+    with artifact.writer(shard_name(k)) as stream:
         for sample in samples:
             try:
-                image = Image.fromarray(_read_crop(reader, sample.item.name, settings.resolution))
+                image = Image.fromarray(center_crop(reader.read(sample.item), settings.resolution))
             except BadImageError as error:
                 columns.skip(sample, error)
                 check_failures(columns.skipped, settings.max_failures)
                 continue
             blob = encode_image(image, settings.encoding, settings.jpeg_quality)
-            _add(tar, f"{sample.key}.cls", str(sample.item.label).encode())
-            _add(tar, f"{sample.key}.{SUFFIXES[settings.encoding]}", blob)
-            offset = tar.offset - -(-len(blob) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+            _write_member(stream, f"{sample.key}.cls", str(sample.item.label).encode())
+            offset = _write_member(stream, f"{sample.key}.{SUFFIXES[settings.encoding]}", blob)
             columns.add(sample, image, offset, len(blob))
+        end = 2 * tarfile.BLOCKSIZE
+        stream.write(bytes(end + -(stream.bytes + end) % tarfile.RECORDSIZE))
     entry = FileEntry(name=shard_name(k), bytes=stream.bytes, sha256=stream.sha256)
     sidecar = {"tar": entry.model_dump()} | columns.to_json()
     artifact.write_json(sidecar_name(k), sidecar)
     return sidecar
 
 
-def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+def _write_member(stream: HashingWriter, name: str, content: bytes) -> int:
+    """Append a file to a tar; returns where its content starts.
+
+    As WebDataset's writer does it, which imports torch in every process, in a tenth of the time of TarFile.addfile.
+    """
     member = tarfile.TarInfo(name)  # owner 0 and time 0 by default: bytes depend on nothing else
     member.size, member.mode = len(content), 0o444
-    tar.addfile(member, io.BytesIO(content))
-
-
-def _read_crop(reader: ImageReader, name: str, resolution: int) -> np.ndarray:
-    image = reader.read(name)
-    try:
-        return center_crop(image, resolution)
-    except DECODING_ERRORS as error:
-        raise BadImageError(" ".join(str(error).split())[:200] or type(error).__name__) from None
+    stream.write(member.tobuf(tarfile.USTAR_FORMAT))
+    offset = stream.bytes
+    stream.write(content + bytes(-len(content) % tarfile.BLOCKSIZE))
+    return offset
 
 
 _VALUES = np.arange(256, dtype=np.int64)
@@ -160,7 +159,7 @@ class _Columns:
         self.sums += counts @ _VALUES, counts @ _VALUES**2
 
     def skip(self, sample: Sample, error: BadImageError) -> None:
-        logger.warning("skipped %s: %s", sample.item.name, error)
+        logger.warning("skipped %s: %s", ascii(sample.item.name)[1:-1], error)
         self.skipped.append(Skipped(sample.item.name, str(error)))
 
     def to_json(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Where images come from: the built-in digits, class folders, or a flat folder with labels; no torch."""
+"""Where images come from: folders, archives, WebDataset shards, Parquet tables, the built-in digits; no torch."""
 
 from __future__ import annotations
 
@@ -13,13 +13,22 @@ from PIL import Image
 
 logger = logging.getLogger(__name__)
 
+LAYOUTS = (
+    "expected one folder per class (<class>/<image>), or images with dataset.json, either one also in a tar or zip; "
+    "WebDataset shards (.tar); Parquet image tables; or `digits`"
+)
+
 
 class SourceItem(NamedTuple):
-    """One image of a source: name relative to the source, class number, bytes."""
+    """One image of a source: name relative to the source, class number, bytes (0 where a table does not tell).
+
+    place: where the reader finds it inside an archive or table; it travels with the item, so that readers stay small.
+    """
 
     name: str
     label: int
     size: int
+    place: tuple[int, ...] = ()
 
 
 class Skipped(NamedTuple):
@@ -37,8 +46,8 @@ class BadImageError(ValueError):
 class ImageReader(Protocol):
     """How one kind of source is read; small and picklable, for it travels to worker processes."""
 
-    def read(self, name: str) -> Image.Image:
-        """The picture of that name, opened. BadImageError if it gives none; OSError if the store cannot be reached."""
+    def read(self, item: SourceItem) -> Image.Image:
+        """That picture, opened. BadImageError if it gives none; OSError if the store cannot be reached."""
         ...
 
     def digest(self, items: Sequence[SourceItem]) -> dict[str, Any]:
@@ -63,7 +72,7 @@ class ImageSource:
             BadImageError: the file gives no picture; says why.
             OSError: a remote source cannot be reached; the file may be sound.
         """
-        return self.reader.read(item.name)
+        return self.reader.read(item)
 
     def content_digest(self) -> dict[str, Any]:
         """What the fingerprint of `preprocess` hashes: classes, listing and content; no path, no host.
@@ -81,30 +90,56 @@ class ImageSource:
 
 
 def open_source(source: str) -> ImageSource:
-    """List an image source.
+    """List an image source; what it is, is recognised from what is there.
 
-    source: `digits` (built in), or a folder, local or any fsspec URL, of one of two layouts:
-        <class>/<anything>.jpg   a folder a class; classes are numbered in the order of their sorted names
-        dataset.json + images    {"labels": [["name.png", 3], ...]}, names relative to the folder
+    source: `digits` (built in), or a local path or any fsspec URL of
+        a folder, tar or zip of  <class>/<anything>.jpg   a folder a class, numbered in the order of the sorted names
+                             or  dataset.json + images    {"labels": [["name.png", 3], ...]}, names relative to it
+        WebDataset shards        <key>.<image> with <key>.cls or .json (`label` or `cls`): a folder, a glob or brace
+                                 pattern (`train-{000..099}.tar`), or one shard
+        Parquet tables           image and label column, as Hugging Face writes them: a file, folder or pattern
 
     Names that start with a dot are no part of a data set. Other files that are not images by their suffix are
-    listed as skipped without counting as failures; an image without a label, a label without its image and a class
-    folder without images count as failures (such a class keeps its number).
+    listed as skipped without counting as failures; an image without a label, a label without its image, a second file
+    of the same name and a class folder without images count as failures (such a class keeps its number).
+    What lies in an archive is never written to disk.
 
     Raises:
         ValueError: the source does not exist, holds no images, or has another layout; in one line.
     """
+    opened = _open(source)
+    if not opened.items:
+        first = f" ({opened.skipped[0].name}: {opened.skipped[0].reason})" if opened.skipped else ""
+        raise ValueError(f"preprocess.source: no images found in {source}{first}; {LAYOUTS}")
+    failures = sum(entry.failure for entry in opened.skipped)
+    if failures:
+        worst = next(entry for entry in opened.skipped if entry.failure)
+        logger.warning(
+            "%s: %d names give no image; the first: %s: %s", source, failures, ascii(worst.name), worst.reason
+        )
+    return opened
+
+
+def _open(source: str) -> ImageSource:
     if source == "digits":
         from repae_core.data.digits_source import open_digits
 
         return open_digits()
-    from repae_core.data.folder_source import open_folder
+    from repae_core.data.source_location import locate
 
-    opened = open_folder(source)
-    if not opened.items:
-        raise ValueError(f"preprocess.source: no images found in {source}")
-    failures = sum(entry.failure for entry in opened.skipped)
-    if failures:
-        first = next(entry for entry in opened.skipped if entry.failure)
-        logger.warning("%s: %d names give no image; the first: %s: %s", source, failures, first.name, first.reason)
-    return opened
+    location = locate(source)
+    if location.kind == "folder":
+        from repae_core.data.folder_source import open_folder
+
+        return open_folder(location)
+    if location.kind == "parquet":
+        from repae_core.data.parquet_source import open_parquet
+
+        return open_parquet(location, location.names)
+    if location.kind == "zip":
+        from repae_core.data.zip_source import open_zip
+
+        return open_zip(location)
+    from repae_core.data.tar_source import open_tar
+
+    return open_tar(location)

@@ -61,7 +61,7 @@ def test_bad_sources(call, tmp_path):
     (tmp_path / "text" / "class").mkdir(parents=True)
     (tmp_path / "text" / "class" / "notes.txt").write_text("x")
     refused(run(tmp_path / "text"), "no images found")
-    refused(run(tmp_path / "flat" / "a.png"), "is a file, not a folder")
+    refused(run(tmp_path / "flat" / "a.png"), "is a file, and no archive or table")
 
 
 def test_unusable_stores(call, tmp_path):

@@ -199,7 +199,7 @@ REASONS = {
     "class0/bad-empty.png": "empty",
     "class0/bad-flipped-byte.png": "broken|bad|CRC|decod",
     "class0/bad-float.tif": "mode F",
-    "class0/bad-link.png": "file not found",
+    "class0/bad-link.png": "a link to nothing",
     "class0/bad-text.jpg": "not an image",
     "class0/bad-truncated.jpg": "truncated",
     "class0/notes.txt": "not an image file",

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from repae_core.data import folder_source
+from repae_core.data import source_reader
 from repae_core.data.sources import BadImageError, Skipped, open_source
 from repae_core.digits.data import load_digits
 
@@ -69,8 +69,8 @@ def test_links_are_followed_and_loops_end(folder, tmp_path_factory):
     assert source.class_names == ["a", "b", "c"]
     sizes = {item.name: item.size for item in source.items}
     assert sizes["c/y.png"] == sizes["a/y.png"] > 0
-    assert sizes["a/z.png"] == 0
-    assert len(sizes) == 6
+    assert len(sizes) == 5
+    assert Skipped("a/z.png", "a link to nothing") in source.skipped
 
 
 def test_folders_in_a_class_belong_to_it(tmp_path):
@@ -102,13 +102,20 @@ def test_labelled_folder(tmp_path):
 
 
 def test_label_without_image_and_image_without_label(tmp_path):
-    labelled(tmp_path, [["0.png", 1], ["0.png", 1], ["gone.png", 0]], images=("0.png", "1.png"))
+    twice = [["2.png", 1], ["2.png", 2], ["2.png", 1]]
+    labels = [["0.png", 1], ["0.png", 1], ["gone.png", 0], ["none.png", None], *twice]
+    labelled(tmp_path, labels, images=("0.png", "1.png", "2.png", "none.png"))
+    os.symlink("nowhere", tmp_path / "link.png")
     (tmp_path / "notes.txt").write_text("x")
     source = open_source(str(tmp_path))
     assert [item.name for item in source.items] == ["0.png"]
     assert source.skipped == [
+        Skipped("0.png", "named twice in dataset.json, with one label", failure=False),
         Skipped("1.png", "no label in dataset.json"),
+        Skipped("2.png", "two labels in dataset.json, 1 and 2"),
         Skipped("gone.png", "named in dataset.json but not there"),
+        Skipped("link.png", "a link to nothing"),
+        Skipped("none.png", "no label in dataset.json"),
         Skipped("notes.txt", "not an image file (suffix .txt)", failure=False),
     ]
 
@@ -120,7 +127,8 @@ def test_label_without_image_and_image_without_label(tmp_path):
         ([["0.png", "cat"]], "is not"),
         ([["0.png", True]], "is not"),
         ([["0.png"]], "is not"),
-        ([["0.png", 1], ["0.png", 2]], "0.png has two labels, 1 and 2"),
+        ([["0.png", 1_000_000]], "is not"),
+        ([["0.png", 1.0]], "is not"),
         (None, "must be JSON of the form"),
     ],
 )
@@ -146,14 +154,17 @@ def test_errors_before_any_work(tmp_path):
     refused(tmp_path / "nowhere", "does not exist; expected one folder per class")
     refused(tmp_path, "no images found in .*expected one folder per class")
     (tmp_path / "notes.txt").write_text("x")
-    refused(tmp_path / "notes.txt", "is a file, not a folder")
+    refused(tmp_path / "notes.txt", "is a file, and no archive or table; expected one folder per class")
     refused("memory://nothing-here", "does not exist")
     refused("nosuchprotocol://bucket", "cannot be opened: Protocol not known")
     (tmp_path / "class").mkdir()
     refused(tmp_path, "no images found")
     write_image(tmp_path / "class" / "a.png")
     write_image(tmp_path / "loose.png")
-    refused(tmp_path, r"images outside class folders \(loose.png, 1 in all\); expected one folder per class")
+    refused(
+        tmp_path,
+        r"images outside class folders \(loose.png, 1 in all\) and no dataset.json; expected one folder per class",
+    )
 
 
 def test_digest_follows_content_and_not_place_or_time(folder, tmp_path_factory):
@@ -183,9 +194,9 @@ def test_digest_follows_names_labels_and_skipped_files(folder):
 
 def test_beyond_the_limit_the_time_of_change_counts(folder, monkeypatch, caplog):
     caplog.set_level("INFO")
-    monkeypatch.setattr(folder_source, "HASHED_BYTES", (folder / "a" / "x.jpg").stat().st_size)
+    monkeypatch.setattr(source_reader, "HASHED_BYTES", (folder / "a" / "x.jpg").stat().st_size)
     digest = open_source(str(folder)).content_digest()
-    assert "the first 1 files are hashed by content, the other 2 by etag or time of change" in caplog.text
+    assert "the first 1 files are hashed by content, the other 2 by etag, time of change or CRC" in caplog.text
     os.utime(folder / "a" / "x.jpg", (0, 0))
     assert open_source(str(folder)).content_digest() == digest
     os.utime(folder / "b" / "1.JPEG", (0, 0))
@@ -223,7 +234,7 @@ def test_opened_source_travels_light(folder):
     source.read(source.items[0])
     again = pickle.loads(pickle.dumps(source.reader))
     assert len(pickle.dumps(source.reader)) < 1000
-    assert again.read("a/x.jpg").size == (12, 10)
+    assert again.read(source.items[0]).size == (12, 10)
 
 
 def test_digits():
@@ -236,7 +247,7 @@ def test_digits():
     assert np.array_equal(np.asarray(source.read(source.items[1234])), images[1234])
     assert source.content_digest() == open_source("digits").content_digest()
     assert len(pickle.dumps(source.reader)) < 1000
-    assert np.array_equal(np.asarray(pickle.loads(pickle.dumps(source.reader)).read("04999")), images[4999])
+    assert np.array_equal(np.asarray(pickle.loads(pickle.dumps(source.reader)).read(source.items[4999])), images[4999])
 
 
 def test_listing_loads_no_torch(folder):
