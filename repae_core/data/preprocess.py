@@ -162,8 +162,9 @@ def _write_here(work: PreprocessWork, missing: Sequence[int], _: int) -> Written
 
 def _write_in_processes(work: PreprocessWork, missing: Sequence[int], processes: int) -> Written:
     where = (work.artifact.store.url, work.artifact.stage, work.artifact.fingerprint)
-    # spawn: forking a process that has started threads (torch, fsspec) can deadlock.
-    context = multiprocessing.get_context("spawn")
+    # A server process forks the workers: forking this one, which may have threads (torch, fsspec), could deadlock.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
     pool = ProcessPoolExecutor(min(processes, len(missing)), context, initializer=_end_with_parent)
     waiting = iter(missing)
     running: dict[Future[dict[str, Any]], int] = {}

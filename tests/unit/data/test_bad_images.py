@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from bad_images import BAD, EMPTY_CLASS, GOOD, LINKED, LINKED_BAD, OTHER
-from fsspec.implementations.local import LocalFileSystem
 from PIL import Image, PngImagePlugin
 from torchvision.io import ImageReadMode, decode_jpeg
 
@@ -115,19 +114,19 @@ def test_an_unreadable_file_and_folder(tmp_path, monkeypatch):
     for name in ("a/1.png", "b/1.png", "c/1.png"):
         (tmp_path / name).parent.mkdir()
         Image.new("RGB", (8, 8)).save(tmp_path / name)
-    cat, scandir = LocalFileSystem.cat_file, os.scandir  # tests may run as root, whom no permission stops
+    open_file, scandir = open, os.scandir  # tests may run as root, whom no permission stops
 
-    def refuse_file(self, path, **options):
-        if path.endswith("a/1.png"):
+    def refuse_file(path, *arguments, **options):
+        if str(path).endswith("a/1.png"):
             raise PermissionError(13, "Permission denied")
-        return cat(self, path, **options)
+        return open_file(path, *arguments, **options)
 
     def refuse_folder(path):
         if str(path).endswith("/b"):
             raise PermissionError(13, "Permission denied", str(path))
         return scandir(path)
 
-    monkeypatch.setattr(LocalFileSystem, "cat_file", refuse_file)
+    monkeypatch.setattr("builtins.open", refuse_file)
     monkeypatch.setattr(os, "scandir", refuse_folder)
     made = artifact(tmp_path.parent / f"{tmp_path.name}-store")
     source = open_source(str(tmp_path))
@@ -149,9 +148,10 @@ def test_a_machine_without_file_handles_is_no_bad_image(tmp_path, monkeypatch):
     def exhausted(*_, **__):
         raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr(LocalFileSystem, "cat_file", exhausted)
-    with pytest.raises(OSError, match=r"a/1.png cannot be read.*Too many open files"):
-        source.read(source.items[0])
+    with monkeypatch.context() as patched:
+        patched.setattr("builtins.open", exhausted)
+        with pytest.raises(OSError, match=r"a/1.png cannot be read.*Too many open files"):
+            source.read(source.items[0])
 
 
 def test_a_file_too_large_for_an_image_is_not_read(tmp_path):
