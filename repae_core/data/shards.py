@@ -77,8 +77,8 @@ def default_images_per_shard(count: int, resolution: int, encoding: str) -> int:
 def encode_image(image: Image.Image, encoding: str, jpeg_quality: int = 95) -> bytes:
     """Image file of an RGB image: `png` and `webp` lossless, `jpeg` of that quality without chroma subsampling.
 
-    PNG at zlib level 1 takes half the time of the default and 10 % more space on photographs; WebP takes four times
-    as long as that and saves a quarter.
+    PNG at zlib level 1 takes half the time of the default and 10 % more space on photographs; WebP takes up to twice
+    the time of that and saves a quarter.
     """
     buffer = io.BytesIO()
     if encoding == "png":
