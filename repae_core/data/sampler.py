@@ -98,7 +98,10 @@ def rank_slice(indices: np.ndarray, rank: int, world: int) -> np.ndarray:
     return indices[rank * size : (rank + 1) * size]
 
 
-def work_share(items: Sequence[int], rank: int, world: int) -> list[int]:
-    """Every world-th item from `rank` on: how shards that are still to be made are dealt out to workers."""
+def work_share(missing: Sequence[int], rank: int, world: int) -> list[int]:
+    """The shards still to be made that fall to one worker.
+
+    By their number, not their place in the list: workers list what is missing at different moments.
+    """
     assert 0 <= rank < world
-    return list(items[rank::world])
+    return [k for k in missing if k % world == rank]

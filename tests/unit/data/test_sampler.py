@@ -87,7 +87,8 @@ def test_batches_of_ranks_join_to_the_global_ones():
     assert np.array_equal(np.concatenate(joined), order.batch(6, 36))
 
 
-def test_work_is_dealt_out_once():
+def test_work_is_dealt_out_once_whenever_a_worker_looks():
+    assert work_share([3, 4, 7], 1, 3) == [4, 7]
     shares = [work_share(range(11), rank, 3) for rank in range(3)]
     assert sorted(itertools.chain(*shares)) == list(range(11))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
