@@ -26,7 +26,7 @@ def write_shards(
 
     def relay(message: dict[str, Any]) -> None:
         done[message["rank"]] = message["done"]
-        context.progress(sum(done.values()), message["total"])
+        context.progress(min(sum(done.values()), message["total"]), message["total"])
 
     payload = {
         "config": context.config.model_dump(mode="json"),
