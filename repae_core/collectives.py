@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
+import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.nn.functional import all_reduce
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(_: Any, values: Tensor) -> Tensor:
+        reduced = values.clone()
+        dist.all_reduce(reduced)
+        return reduced
+
+    @staticmethod
+    def backward(_: Any, *gradients: Tensor) -> Tensor:
+        reduced = gradients[0].clone()
+        dist.all_reduce(reduced)
+        return reduced
 
 
 def world_size() -> int:
@@ -14,13 +30,7 @@ def world_size() -> int:
 
 def sum_over_ranks(values: Tensor) -> Tensor:
     """Sum over all ranks, the same on each; the gradient of every rank's result reaches every rank's values."""
-    if world_size() == 1:
-        return values
-    if values.requires_grad:
-        return all_reduce(values)
-    reduced = values.clone()
-    dist.all_reduce(reduced)
-    return reduced
+    return values if world_size() == 1 else cast(Tensor, _Sum.apply(values))
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:

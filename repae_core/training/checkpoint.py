@@ -77,7 +77,7 @@ def load_checkpoint(
         module.load_state_dict(load_safetensors(folder.read_bytes(f"{name}/{weights}.safetensors")))
     for network, trained in state.networks().items():
         blob = io.BytesIO(folder.read_bytes(f"{name}/{network}.optimizer.pt"))
-        saved = torch.load(blob, map_location=state.device, weights_only=True)
+        saved = torch.load(blob, map_location="cpu", weights_only=True)
         trained.optimizer.load_state_dict(saved["optimizer"])
         if saved["scaler"]:
             trained.scaler.load_state_dict(saved["scaler"])

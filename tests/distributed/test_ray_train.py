@@ -10,7 +10,7 @@ import tiny
 
 from repae_core.artifacts import Artifact, Store
 from repae_core.artifacts.checkpoints import committed_checkpoints
-from tasks.ray_launch import RaySession, WorkersFailedError, launch
+from tasks.ray_launch import FinalError, RaySession, WorkersFailedError, launch
 
 TWO = [f"{stage}.{field}" for stage in ("train_repae", "train_ldm") for field in ("workers=2", "cpus_per_worker=1")]
 
@@ -103,6 +103,44 @@ def test_launch_reports_results_and_the_cause_of_failures():
     finally:
         session.close()
     assert [message["seen"] for message in seen] == [1, 2, 3]
+
+
+def test_failures_count_until_there_is_a_new_checkpoint(tmp_path):
+    """Two failures with progress, then two without: one too many for max_failures=1. A FinalError is never retried."""
+    starts = tmp_path / "starts"
+
+    def dying_worker(payload, report):
+        import os
+        import signal
+        from pathlib import Path
+
+        with Path(payload["starts"]).open("a") as file:
+            file.write("x")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def final_worker(payload, report):
+        from pathlib import Path
+
+        from tasks.ray_launch import FinalError
+
+        with Path(payload["starts"]).open("a") as file:
+            file.write("f")
+        raise FinalError("flow_loss is not finite")
+
+    def position():
+        return min(len(starts.read_text()), 2) if starts.exists() else 0
+
+    session = RaySession()
+    try:
+        settings = {"session": session, "workers": 1, "cpus_per_worker": 1, "max_failures": 1, "on_report": print}
+        with pytest.raises(WorkersFailedError):
+            launch(dying_worker, {"starts": str(starts)}, position=position, **settings)
+        assert starts.read_text() == "xxxx"
+        with pytest.raises(FinalError, match="flow_loss is not finite"):
+            launch(final_worker, {"starts": str(starts)}, **settings)
+        assert starts.read_text() == "xxxxf"
+    finally:
+        session.close()
 
 
 def test_an_unreachable_cluster_is_one_line(monkeypatch):
