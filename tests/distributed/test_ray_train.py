@@ -106,7 +106,7 @@ def test_launch_reports_results_and_the_cause_of_failures():
 
 
 def test_failures_count_until_there_is_a_new_checkpoint(tmp_path):
-    """Two failures with progress, then two without: one too many for max_failures=1. A FinalError is never retried."""
+    """max_failures=1 allows one restart without progress: the third failure is one too many. A FinalError is final."""
     starts = tmp_path / "starts"
 
     def dying_worker(payload, report):
@@ -135,10 +135,10 @@ def test_failures_count_until_there_is_a_new_checkpoint(tmp_path):
         settings = {"session": session, "workers": 1, "cpus_per_worker": 1, "max_failures": 1, "on_report": print}
         with pytest.raises(WorkersFailedError):
             launch(dying_worker, {"starts": str(starts)}, position=position, **settings)
-        assert starts.read_text() == "xxxx"
+        assert starts.read_text() == "xxx"
         with pytest.raises(FinalError, match="flow_loss is not finite"):
             launch(final_worker, {"starts": str(starts)}, **settings)
-        assert starts.read_text() == "xxxxf"
+        assert starts.read_text() == "xxxf"
     finally:
         session.close()
 
