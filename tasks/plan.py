@@ -13,10 +13,10 @@ from repae_core.remote_files import local_copy, sha256_of
 # Raised when a stage's output changes for the same config.
 VERSIONS = {
     "preprocess": 1,
-    "train-repae": 1,
+    "train-repae": 2,
     "extract-vae": 1,
     "cache-latents": 2,
-    "train-ldm": 1,
+    "train-ldm": 2,
     "generate": 1,
     "evaluate": 1,
 }

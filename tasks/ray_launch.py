@@ -28,18 +28,28 @@ _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "60",  # a frozen process; Ray's default is ten minutes
+    "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "300",
     "RAY_worker_niceness": "0",  # Ray's 15 would starve the training on a busy machine
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
+logger = logging.getLogger("repae")
+
 _PROBE_SECONDS = 10.0
+_FINAL = "final_error"  # key of a worker's message that no restart would help
+_COLLECTIVE_SECONDS = 300  # gloo and NCCL; longer than a store may be away, shorter than torch's half hour
+_HEAD_SECONDS = 120.0  # a restarted Ray head is waited for
 
 
 class WorkersFailedError(RuntimeError):
     """The workers failed more often than allowed; the message is the first line of the cause."""
+
+
+class FinalError(RuntimeError):
+    """Raised by a worker for what no restart would mend; `launch` raises it in the driver at once."""
 
 
 class RaySession:
@@ -74,6 +84,18 @@ class RaySession:
             )
         self.address = context.address_info["address"]
 
+    def reconnect_if_lost(self) -> None:
+        """After a failure: give up a connection to a cluster that does not answer any more, and wait for its return."""
+        import ray
+
+        try:
+            ray.get(cast(Any, ray.remote(num_cpus=0)(os.getpid)).remote(), timeout=_PROBE_SECONDS)
+        except Exception:
+            logger.warning("the Ray cluster does not answer; connecting anew")
+            self.close()
+            if given := os.environ.get("RAY_ADDRESS"):
+                _probe(given, _HEAD_SECONDS)
+
     def close(self) -> None:
         """End the session, and the private cluster with it."""
         if self.address is not None:
@@ -94,42 +116,77 @@ def launch(
     gpus_per_worker: int = 0,
     max_failures: int = 0,
     on_report: Report,
+    position: Callable[[], Any] = lambda: None,
 ) -> dict[str, Any]:
     """Run `worker` on that many Ray Train workers (0: here, without Ray); returns rank 0's result.
 
     worker: importable module-level function; `payload` and reports are small JSON-able dicts.
-    A failed worker restarts the group up to `max_failures` times; the worker continues from its checkpoint.
+    After a failure the group starts again and continues from its checkpoints, until `max_failures` more failures
+    have come without `position` (where the next start would continue) having moved on in between.
 
     Raises:
-        WorkersFailedError: the workers failed more often than that.
+        FinalError: a worker raised it.
+        WorkersFailedError: the workers failed too often.
     """
     if workers == 0:
         return worker(payload, on_report)
-    session.connect(workers * cpus_per_worker)
+    failures, reached = 0, position()
+    while True:
+        session.connect(workers * cpus_per_worker)
+        try:
+            return _fit(worker, payload, on_report, workers=workers, cpus=cpus_per_worker, gpus=gpus_per_worker)
+        except FinalError:
+            raise
+        except Exception as error:
+            now = position()
+            failures, reached = (failures if now == reached else 0) + 1, now
+            if failures > max_failures:
+                raise WorkersFailedError(_root_cause(error)) from error
+            logger.warning("the workers failed (%s); starting again, try %d of %d without a new checkpoint",
+                           _root_cause(error), failures, max_failures)  # fmt: skip
+            session.reconnect_if_lost()
+
+
+def _fit(
+    worker: Worker, payload: dict[str, Any], on_report: Report, *, workers: int, cpus: int, gpus: int
+) -> dict[str, Any]:
+    """One `fit()`; FinalError when a worker raised it."""
     import ray
 
     mailbox: Any = cast(Any, ray.remote(num_cpus=0)(_Mailbox)).remote()
+    final: list[str] = []
 
     def deliver() -> None:
         for message in ray.get(mailbox.drain.remote(), timeout=60):
-            on_report(message)
+            if _FINAL in message:
+                final.append(message[_FINAL])
+            else:
+                on_report(message)
 
     with tempfile.TemporaryDirectory(prefix="repae-ray-", ignore_cleanup_errors=True) as scratch:
         trainer = _trainer(
-            {"worker": worker, "payload": payload, "mailbox": mailbox},
-            scratch,
-            workers=workers,
-            cpus=cpus_per_worker,
-            gpus=gpus_per_worker,
-            max_failures=max_failures,
+            {"worker": worker, "payload": payload, "mailbox": mailbox}, scratch, workers=workers, cpus=cpus, gpus=gpus
         )
         try:
             result = _interruptible(trainer.fit, meanwhile=deliver)
+            deliver()
         except Exception as error:
-            raise WorkersFailedError(_root_cause(error)) from error
-        deliver()
-    ray.kill(mailbox)
+            with contextlib.suppress(Exception):  # the cluster may be gone
+                deliver()
+            if final:
+                raise FinalError(final[0]) from error
+            raise
+        finally:
+            with contextlib.suppress(Exception):
+                ray.kill(mailbox)
     return dict(result.return_value)
+
+
+def preempted() -> bool:
+    """In a worker: whether Ray announces that one of the group's machines is taken away; all ranks must ask."""
+    import ray.train
+
+    return ray.train.get_preemption_info() is not None
 
 
 class _Mailbox:
@@ -146,9 +203,7 @@ class _Mailbox:
         return messages
 
 
-def _trainer(
-    loop_config: dict[str, Any], scratch: str, *, workers: int, cpus: int, gpus: int, max_failures: int
-) -> Any:
+def _trainer(loop_config: dict[str, Any], scratch: str, *, workers: int, cpus: int, gpus: int) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
@@ -156,17 +211,18 @@ def _trainer(
     return TorchTrainer(
         cast(Any, _train_loop),
         train_loop_config=loop_config,
-        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=_COLLECTIVE_SECONDS),
         scaling_config=ScalingConfig(
             num_workers=workers,
             use_gpu=gpus > 0,
             resources_per_worker={"CPU": cpus} | ({"GPU": gpus} if gpus else {}),
         ),
-        # A fresh name and scratch folder: our checkpoints decide where a run starts, never Ray's storage.
+        # A fresh name and scratch folder: our checkpoints decide where a run starts, never Ray's storage. Restarts
+        # are `launch`'s: Ray counts failures in total, not since the last checkpoint.
         run_config=cast(Any, RunConfig)(
             name=f"repae-{uuid.uuid4().hex[:12]}",
             storage_path=scratch,
-            failure_config=FailureConfig(max_failures=max_failures),
+            failure_config=FailureConfig(max_failures=0),
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
@@ -174,8 +230,14 @@ def _trainer(
 
 def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
     """Runs in each Ray worker."""
+    import ray
 
-    result: dict[str, Any] = config["worker"](config["payload"], config["mailbox"].put.remote)
+    put = config["mailbox"].put.remote
+    try:
+        result: dict[str, Any] = config["worker"](config["payload"], put)
+    except FinalError as error:
+        ray.get(put({_FINAL: str(error)}), timeout=30)
+        raise
     return result
 
 
@@ -239,11 +301,11 @@ def _private_cluster(cpus: int) -> dict[str, Any]:
     }
 
 
-def _probe(address: str) -> None:
+def _probe(address: str, seconds: float | None = None) -> None:
     if address in ("auto", "local"):
         return
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    deadline = time.monotonic() + _PROBE_SECONDS
+    deadline = time.monotonic() + (seconds or _PROBE_SECONDS)
     while True:
         try:
             with socket.create_connection((host, int(port)), timeout=3):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from repae_core.artifacts import Artifact
 from repae_core.config import PipelineConfig
-from tasks.training_worker import open_artifact, torch_threads
+from tasks.training_worker import final_errors, open_artifact, torch_threads
 
 if TYPE_CHECKING:
     from repae_core.data.preprocess import PreprocessWork
@@ -26,13 +26,14 @@ def preprocess_worker(payload: dict[str, Any], report: Report) -> dict[str, Any]
 
     config = PipelineConfig.model_validate(payload["config"])
     rank, world = _rank_and_world()
-    write_missing_shards(
-        preprocess_work(config, open_artifact(payload["out"])),
-        rank=rank,
-        world=world,
-        processes=config.preprocess.processes,
-        progress=_reporter(rank, report),
-    )
+    with final_errors(config.preprocess.workers > 0):
+        write_missing_shards(
+            preprocess_work(config, open_artifact(payload["out"])),
+            rank=rank,
+            world=world,
+            processes=config.preprocess.processes,
+            progress=_reporter(rank, report),
+        )
     return {}
 
 
@@ -46,7 +47,7 @@ def latent_worker(payload: dict[str, Any], report: Report) -> dict[str, Any]:
     section = config.cache_latents
     rank, world = _rank_and_world()
     inputs = {role: open_artifact(reference) for role, reference in payload["inputs"].items()}
-    with torch_threads(section.threads):
+    with final_errors(section.workers > 0), torch_threads(section.threads):
         write_missing_latents(
             latent_work(config, inputs, open_artifact(payload["out"])),
             rank=rank,

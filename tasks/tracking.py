@@ -221,8 +221,8 @@ class StageRun:
         self._client.set_tag(self.run_id, "repae.artifact", output)
 
     def _last_logged(self) -> int:
-        history = self._client.get_metric_history(self.run_id, "images_per_second")
-        return max((m.step for m in history), default=-1)
+        history = [self._client.get_metric_history(self.run_id, name) for name in ("vae_loss", "sit_loss")]
+        return max((m.step for of_metric in history for m in of_metric), default=-1)
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

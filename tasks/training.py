@@ -6,10 +6,13 @@ import functools
 from typing import Any
 
 from repae_core.artifacts import Artifact
+from repae_core.artifacts.checkpoints import committed_checkpoints
 from repae_core.config import TrainingConfig
 from tasks.ray_launch import launch
 from tasks.stage import StageContext
 from tasks.training_worker import artifact_reference, train_worker
+
+_POSITION = ("step", "images_seen")
 
 
 def run_training(context: StageContext) -> dict[str, Any]:
@@ -25,6 +28,7 @@ def run_training(context: StageContext) -> dict[str, Any]:
         "inputs": {role: artifact_reference(a) for role, a in context.inputs.items()},
         "owner": context.lease.owner,
         "threads": kept_threads(artifact, section),
+        "workers": section.workers,
     }
     return launch(
         train_worker,
@@ -35,6 +39,7 @@ def run_training(context: StageContext) -> dict[str, Any]:
         gpus_per_worker=section.gpus_per_worker,
         max_failures=section.max_failures,
         on_report=functools.partial(relay, context),
+        position=lambda: committed_checkpoints(artifact)[-1:],
     )
 
 
@@ -50,6 +55,8 @@ def kept_threads(artifact: Artifact, section: TrainingConfig) -> int:
 def relay(context: StageContext, message: dict[str, Any]) -> None:
     """One worker report to the progress bar, MLflow's curves and its pictures."""
     metrics, seen = message["metrics"], message["images_seen"]
+    for row in message["history"]:  # what a killed driver had not yet sent; the rest MLflow has
+        context.tracking.log_metrics({k: v for k, v in row.items() if k not in _POSITION}, int(row["images_seen"]))
     loss = metrics.get("sit_loss", metrics.get("vae_loss"))
     batch = seen // max(message["step"], 1)
     context.run.display.update(
@@ -61,4 +68,6 @@ def relay(context: StageContext, message: dict[str, Any]) -> None:
     for name, file in message["previews"].items():
         context.tracking.log_picture(context.artifact.read_bytes(file), name, seen)
     if metrics:
-        context.tracking.log_metrics(metrics | {"images_per_second": message["images_per_second"]}, seen)
+        speed = {"images_per_second": message["images_per_second"], "checkpoint_seconds": message["checkpoint_seconds"]}
+        phases = {f"seconds/{phase}": seconds for phase, seconds in message["phases"].items()}
+        context.tracking.log_metrics(metrics | speed | phases, seen)

@@ -11,7 +11,8 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from repae_core.artifacts import Artifact, Store, check_lease
+from repae_core.artifacts import Artifact, LeaseLost, Store, StoreError, check_lease
+from tasks.ray_launch import FinalError, preempted
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -20,7 +21,26 @@ def train_worker(payload: dict[str, Any], report: Report) -> dict[str, Any]:
     """Train one stage on this worker; rank 0's summary.
 
     payload: stage, resolved config, store URL, fingerprints of the output and of the inputs, lease owner.
+
+    Raises:
+        FinalError: bad input, a store that stays away, a lost lease or a non-finite loss: a restart would not help.
     """
+    with final_errors(payload["workers"] > 0):
+        return _train(payload, report)
+
+
+@contextlib.contextmanager
+def final_errors(under_ray: bool) -> Iterator[None]:
+    """Under Ray, what no restart would mend becomes a FinalError (ArithmeticError: a non-finite loss)."""
+    try:
+        yield
+    except (ValueError, StoreError, LeaseLost, ArithmeticError) as error:
+        if not under_ray:
+            raise
+        raise FinalError(str(error)) from error
+
+
+def _train(payload: dict[str, Any], report: Report) -> dict[str, Any]:
     import torch
 
     from repae_core.config import PipelineConfig, section_name
@@ -40,6 +60,7 @@ def train_worker(payload: dict[str, Any], report: Report) -> dict[str, Any]:
             guard=lambda: check_lease(store, folder.key("lease.json"), payload["owner"]),
             record={"threads": torch.get_num_threads()},
             init_from=inputs.get("init"),
+            preempted=preempted if payload["workers"] else lambda: False,
         )
     if group.is_main:
         lines = "".join(f"{json.dumps(row)}\n" for row in history)

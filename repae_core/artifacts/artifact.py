@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import IO, Any
 
 from pydantic import ValidationError
@@ -55,6 +56,13 @@ class Artifact:
         """Write a file atomically; its hash is remembered for the manifest."""
         self.store.write_bytes(self.key(name), data)
         self._written[name] = FileEntry(name=name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+    def upload(self, name: str, path: Path) -> None:
+        """Write a local file's content atomically; its hash is remembered for the manifest."""
+        with open(path, "rb") as source:
+            digest = hashlib.file_digest(source, "sha256").hexdigest()
+        self.store.upload(self.key(name), path)
+        self._written[name] = FileEntry(name=name, bytes=path.stat().st_size, sha256=digest)
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file atomically."""

@@ -109,6 +109,14 @@ class Store:
         else:
             self._try(key, lambda: self.fs.pipe_file(self._path(key), data))
 
+    def upload(self, key: str, path: Path) -> None:
+        """Write a local file's content atomically."""
+        if self.is_local:
+            with open(path, "rb") as source, self.writer(key) as stream:
+                shutil.copyfileobj(source, stream, 1 << 20)
+        else:
+            self._try(key, lambda: self.fs.put_file(str(path), self._path(key)))
+
     def write_json(self, key: str, value: Any) -> None:
         """Write JSON, indented, with a fixed layout."""
         self.write_bytes(key, (json.dumps(value, indent=1) + "\n").encode())

@@ -124,6 +124,9 @@ class TrainingConfig(Config):
         "", "Continue a finished run of this stage: fingerprint, `latest` or URI; empty = start anew"
     )
 
+    gradient_accumulation_steps: int = execution(
+        1, "Micro-batches into which a worker splits its part of a batch", ge=1
+    )
     workers: int = execution(1, "Ray Train workers; 0 = in this process, without Ray", ge=0)
     cpus_per_worker: int = execution(2, "CPUs reserved for a worker", ge=1)
     gpus_per_worker: int = execution(0, "GPUs reserved for a worker", ge=0)
@@ -137,9 +140,14 @@ class TrainingConfig(Config):
     threads: int = execution(0, "Torch threads a worker; 0 = timed once at the start and kept", ge=0)
     checkpoint_every: int = execution(5_000, "Steps between checkpoints", ge=1)
     keep_checkpoints: int = execution(2, "Newest checkpoints kept", ge=1)
+    keep_checkpoints_every: int = execution(0, "Steps between checkpoints that are never removed; 0 = none", ge=0)
+    checkpoint_queue: int = execution(2, "Checkpoints that may wait in local scratch while the store is away", ge=1)
     log_every: int = execution(100, "Steps between logged metrics", ge=1)
     preview_every: int = execution(10_000, "Steps between sample and reconstruction grids; 0 = none", ge=0)
-    max_failures: int = execution(3, "Restarts of failed workers before the stage gives up", ge=0)
+    max_failures: int = execution(3, "Restarts of failed workers without a new checkpoint in between", ge=0)
+    step_timeout: float = execution(
+        0.0, "Seconds after which a step counts as hanging; 0 = max(120 s, 10 x median)", ge=0
+    )
 
     @field_validator("mixed_precision", mode="before")
     @classmethod
@@ -153,8 +161,11 @@ class TrainingConfig(Config):
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainingConfig:
-        if self.workers > 1 and self.batch_size % self.workers:
+        if self.batch_size % max(self.workers, 1):
             raise ValueError(f"batch_size={self.batch_size} is not divisible by workers={self.workers}")
+        local, parts = self.batch_size // max(self.workers, 1), self.gradient_accumulation_steps
+        if local % parts:
+            raise ValueError(f"a worker's {local} images are not divisible by gradient_accumulation_steps={parts}")
         if self.encoder_weights and len(self.encoder_weights) != len(self.encoder):
             raise ValueError("encoder_weights must name one file for each encoder")
         depth = parse_sit_name(self.model)[0].depth
@@ -195,6 +206,9 @@ class TrainRepaeConfig(TrainingConfig):
     discriminator_weight: float = output(0.1, "Weight of the adversarial term of the VAE", ge=0)
     discriminator_start: int = output(0, "Joint step at which the discriminator comes in", ge=0)
     discriminator_filters: int = output(64, "Filters of PatchGAN's first layer", ge=1)
+    sync_discriminator_norm: bool = output(
+        False, "Batch norm of the discriminator over all workers' images; off = each worker's own, as published"
+    )
     discriminator_weights: str = output("", "Initial discriminator weights; empty = random", content=True)
     lecam_weight: float = output(0.0, "Weight of the LeCam regulariser", ge=0)
     lecam_decay: float = output(0.999, "EMA decay of LeCam's logits", ge=0, lt=1)
@@ -209,7 +223,12 @@ class TrainRepaeConfig(TrainingConfig):
         return "none" if value is None else value  # `--set` and YAML read none/null as nothing
 
     @model_validator(mode="after")
-    def _one_scaler(self) -> TrainRepaeConfig:
+    def _supported_together(self) -> TrainRepaeConfig:
+        if self.gradient_accumulation_steps > 1 and self.vae_training == "naive":
+            raise ValueError("vae_training=naive differentiates the whole batch's statistics; it needs "
+                             "gradient_accumulation_steps=1")  # fmt: skip
+        if self.gradient_accumulation_steps > 1 and self.lecam_weight:
+            raise ValueError("lecam_weight compares means over the whole batch; it needs gradient_accumulation_steps=1")
         if self.vae_training == "naive" and self.mixed_precision == "fp16":
             raise ValueError("vae_training=naive sums two losses' gradients, which fp16 scales apart; use bf16 or no")
         return self

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+
+from repae_core.collectives import mean_over_ranks
 
 
 def generator_loss(logits_fake: Tensor) -> Tensor:
@@ -32,10 +33,7 @@ class LeCamEMA:
     @torch.no_grad()
     def update(self, logits_real: Tensor, logits_fake: Tensor) -> None:
         """Move towards the mean logits of this step."""
-        means = torch.stack([logits_real.mean(), logits_fake.mean()]).float()
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(means)
-            means /= dist.get_world_size()
+        means = mean_over_ranks(torch.stack([logits_real.mean(), logits_fake.mean()]).float())
         self.values = self.values.to(means.device) * self.decay + means * (1 - self.decay)
 
     def state_dict(self) -> dict[str, float]:
@@ -52,7 +50,8 @@ def lecam_loss(logits_real: Tensor, logits_fake: Tensor, ema: LeCamEMA) -> Tenso
     """LeCam regulariser (Tseng et al. 2021, equation 5, on mean logits, one-sided), unweighted.
 
     `relu(mean D(x) - ema_fake)^2 + relu(ema_real - mean D(recon))^2` with the averages as they were before
-    this step: call `ema.update` afterwards.
+    this step: call `ema.update` afterwards. The means are over all ranks, and so is the gradient.
     """
     ema_real, ema_fake = ema.values.to(logits_real.device)
-    return F.relu(logits_real.mean() - ema_fake).square() + F.relu(ema_real - logits_fake.mean()).square()
+    mean_real, mean_fake = mean_over_ranks(torch.stack([logits_real.mean(), logits_fake.mean()]))
+    return F.relu(mean_real - ema_fake).square() + F.relu(ema_real - mean_fake).square()

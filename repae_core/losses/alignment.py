@@ -13,7 +13,7 @@ def alignment_loss(features: Sequence[Tensor], projections: Sequence[Tensor]) ->
     """Mean over encoders, images and tokens of -cos(f, h), in [-1, 1] (system.md section 3).
 
     features: frozen features, one [B,T,C_k] an encoder; projections: the projectors' outputs, same shapes.
-    Computed in fp32 whatever the inputs' type. Without encoders the loss is 0.
+    Computed in fp32 at least. Without encoders the loss is 0.
 
     Raises:
         ValueError: the two lists, or two shapes, do not match.
@@ -24,4 +24,9 @@ def alignment_loss(features: Sequence[Tensor], projections: Sequence[Tensor]) ->
     if not features:
         return torch.zeros(())
     pairs = zip(features, projections, strict=True)
-    return -torch.stack([F.cosine_similarity(f.float(), h.float(), dim=-1).mean() for f, h in pairs]).mean()
+    return -torch.stack([_mean_cosine(f, h) for f, h in pairs]).mean()
+
+
+def _mean_cosine(f: Tensor, h: Tensor) -> Tensor:
+    dtype = torch.promote_types(torch.promote_types(f.dtype, h.dtype), torch.float32)
+    return F.cosine_similarity(f.to(dtype), h.to(dtype), dim=-1).mean()

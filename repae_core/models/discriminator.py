@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from repae_core.models.batch_norm import GlobalBatchNorm2d
+
 
 class PatchGAN(nn.Module):
-    """Images [B,3,H,W] in [-1,1] -> logits [B,1,h,w], one a patch; batch statistics are per worker."""
+    """Images [B,3,H,W] in [-1,1] -> logits [B,1,h,w], one a patch.
 
-    def __init__(self, *, num_filters: int = 64, num_layers: int = 3, in_channels: int = 3) -> None:
+    sync_norm: batch statistics over all ranks; off (as published): each worker's own.
+    """
+
+    def __init__(
+        self, *, num_filters: int = 64, num_layers: int = 3, in_channels: int = 3, sync_norm: bool = False
+    ) -> None:
         super().__init__()
+        norm = GlobalBatchNorm2d if sync_norm else nn.BatchNorm2d
         layers: list[nn.Module] = [nn.Conv2d(in_channels, num_filters, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         width = num_filters
         for layer in range(1, num_layers + 1):
@@ -17,7 +25,7 @@ class PatchGAN(nn.Module):
             stride = 2 if layer < num_layers else 1
             layers += [
                 nn.Conv2d(width, wider, 4, stride=stride, padding=1, bias=False),
-                nn.BatchNorm2d(wider),
+                norm(wider),
                 nn.LeakyReLU(0.2),
             ]
             width = wider
@@ -38,6 +46,8 @@ def _initialise(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def build_discriminator(num_filters: int = 64, num_layers: int = 3, in_channels: int = 3) -> PatchGAN:
+def build_discriminator(
+    num_filters: int = 64, num_layers: int = 3, in_channels: int = 3, *, sync_norm: bool = False
+) -> PatchGAN:
     """A freshly initialised PatchGAN."""
-    return PatchGAN(num_filters=num_filters, num_layers=num_layers, in_channels=in_channels)
+    return PatchGAN(num_filters=num_filters, num_layers=num_layers, in_channels=in_channels, sync_norm=sync_norm)

@@ -8,7 +8,8 @@ import torch
 
 from repae_core.training.draws import Draws
 from repae_core.training.ldm_step import ldm_step
-from repae_core.training.repae_step import apply_updates, discriminator_phase, sit_loss, vae_loss
+from repae_core.training.micro_batches import micro_batches
+from repae_core.training.repae_step import apply_updates, discriminator_phase, in_unit_range, sit_loss, vae_loss
 from repae_core.training.state import Batch, JointObjective, JointState, Metrics
 
 
@@ -20,10 +21,10 @@ def frozen_vae_step(
     Raises:
         NonFiniteLossError: a loss term is NaN or infinite on some rank; nothing was updated.
     """
-    assert batch.images is not None
-    with torch.no_grad():
-        posterior = state.vae.module.encode(batch.images.float() / 127.5 - 1)
-        z = posterior.sample(noise=draws.posterior_noise)
+    parts = micro_batches(batch, draws, objective.accumulation_steps)
+    with torch.no_grad(), state.timer("vae"):
+        encode = state.vae.module.encode
+        z = torch.cat([encode(in_unit_range(b, state)).sample(noise=d.posterior_noise) for b, d in parts])
     return ldm_step(state, dataclasses.replace(batch, latents=z), draws, objective, rate_factor=rate_factor)
 
 
@@ -37,13 +38,14 @@ def naive_end_to_end_step(
     Raises:
         NonFiniteLossError: a loss term is NaN or infinite on some rank; nothing was updated.
     """
-    assert batch.images is not None
-    x = batch.images.float() / 127.5 - 1
-    posterior, z, recon = state.vae.forward(x, draws.posterior_noise)
-    of_vae, metrics = vae_loss(state, x, posterior, z, recon, batch, draws, objective)
-    of_sit, sit_metrics = sit_loss(state, z, batch, draws, objective, train_norm=True)
-    # One pass: the two losses share the graph of z, and DDP reduces a network's gradient once.
-    state.vae.backward(of_vae + of_sit)
-    metrics |= discriminator_phase(state, x, recon.detach(), objective) | sit_metrics
+    assert objective.accumulation_steps == 1  # the statistics of z hold the whole batch's graph
+    with state.timer("vae"):
+        x = in_unit_range(batch, state)
+        posterior, z, recon = state.vae.forward(x, draws.posterior_noise)
+        of_vae, metrics = vae_loss(state, x, posterior, z, recon, batch, draws, objective)
+        of_sit, sit_metrics = sit_loss(state, state.sit.module.train().bn(z), batch, draws, objective)
+        # One pass: the two losses share the graph of z, and DDP reduces a network's gradient once.
+        state.vae.backward(of_vae + of_sit)
+    metrics |= discriminator_phase(state, [(batch, draws)], recon.detach(), objective) | sit_metrics
     apply_updates(state, metrics, objective, rate_factor)
     return metrics

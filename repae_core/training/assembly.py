@@ -18,6 +18,7 @@ from repae_core.training.distributed import Group
 from repae_core.training.optim import M, Network
 from repae_core.training.precision import autocast
 from repae_core.training.state import FlowObjective, JointObjective, JointState, LDMState
+from repae_core.training.timing import PhaseTimer
 from repae_core.weights import load_weights, read_state_dict
 
 
@@ -98,29 +99,52 @@ def new_joint_state(
     sit = new_sit(config, latent_size=latent_size, latent_channels=config.vae.latent_channels, num_classes=num_classes)
     sit.pos_embed.requires_grad_(compat.trainable_pos_embed)
     vae = build_vae(config.vae.architecture())
-    discriminator = build_discriminator(num_filters=config.discriminator_filters)
+    discriminator = build_discriminator(config.discriminator_filters, sync_norm=config.sync_discriminator_norm)
     if config.vae.weights:
         load_vae_weights(vae, config.vae.weights)
     if config.discriminator_weights:
-        state = read_state_dict(config.discriminator_weights, within=("state_dict", "discriminator"))
-        load_weights(discriminator, state, config.discriminator_weights)
+        weights = read_state_dict(config.discriminator_weights, within=("state_dict", "discriminator"))
+        load_weights(discriminator, weights, config.discriminator_weights)
     vae = vae.to(memory_format=torch.channels_last)
     discriminator = discriminator.to(memory_format=torch.channels_last)
-    trained = train_network(sit, config, group, config.learning_rate)
-    return JointState(
+    state = JointState(
         group=group,
-        sit=trained,
+        sit=train_network(sit, config, group, config.learning_rate),
         ema=moving_average(sit),
+        timer=PhaseTimer(group.device),
         vae=train_network(vae, config, group, config.vae_learning_rate),
         discriminator=train_network(discriminator, config, group, config.disc_learning_rate),
         lecam=LeCamEMA(config.lecam_decay) if config.lecam_weight else None,
     )
+    settle(state)
+    return state
 
 
 def new_ldm_state(config: TrainingConfig, group: Group, sit: SiT) -> LDMState:
     """SiT ready for the latent-only loop."""
     trained = train_network(sit, config, group, config.learning_rate)
-    return LDMState(group=group, sit=trained, ema=moving_average(sit))
+    state = LDMState(group=group, sit=trained, ema=moving_average(sit), timer=PhaseTimer(group.device))
+    settle(state)
+    return state
+
+
+def settle(state: LDMState) -> None:
+    """One throw-away pass through every wrapped network, so that resumed runs reduce gradients as unstopped ones do."""
+    if state.group.world_size == 1:
+        return
+    sit, device = state.sit.module, state.device
+    z = torch.zeros(1, sit.in_channels, sit.input_size, sit.input_size, device=device)
+    zero = torch.zeros(1, device=device)
+    velocity, projections = state.sit.forward(z, zero, zero.long(), with_projections=True)
+    state.sit.settle_buckets(sum((p.mean() for p in projections), velocity.mean()))
+    if isinstance(state, JointState):
+        side = sit.input_size * state.vae.module.downsample_factor
+        x = torch.zeros(1, 3, side, side, device=device)
+        _, _, recon = state.vae.forward(x, z)
+        state.vae.settle_buckets(recon.mean())
+        state.discriminator.module.eval()  # this pass must not reach its running statistics
+        state.discriminator.settle_buckets(state.discriminator.forward(x).mean())
+        state.discriminator.module.train()
 
 
 def flow_settings(config: TrainingConfig) -> dict[str, Any]:
@@ -131,6 +155,7 @@ def flow_settings(config: TrainingConfig) -> dict[str, Any]:
         "max_grad_norm": config.max_grad_norm,
         "ema_decay": config.ema_decay,
         "mixed_precision": config.mixed_precision,
+        "accumulation_steps": config.gradient_accumulation_steps,
     }
 
 

@@ -7,55 +7,58 @@ generator state to keep: draws and data order are functions of (seed, images see
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
+from safetensors.torch import save_file as save_safetensors
 from torch import Tensor, nn
 
 from repae_core.artifacts import Artifact
-from repae_core.artifacts.checkpoints import FOLDER, commit_checkpoint, committed_checkpoints
+from repae_core.artifacts.checkpoints import FOLDER
 from repae_core.training.state import JointState, LDMState
 
 
-def save_checkpoint(
-    folder: Artifact, state: LDMState, record: dict[str, Any], *, guard: Callable[[], None], keep: int
-) -> None:
-    """Write the checkpoint of `record["images_seen"]` and commit it; older ones beyond `keep` are removed.
+def write_snapshot(target: Path, state: LDMState, record: dict[str, Any]) -> None:
+    """The files of a checkpoint in a new local folder; every rank takes part, rank 0 writes.
 
-    record: JSON-able position and history; `guard` is called by rank 0 right before the commit and may raise.
+    record: JSON-able position and history, with `images_seen`.
     """
-    name = f"{FOLDER}/{record['images_seen']}"
+    of_ranks = _discriminator_buffers(state)
+    if not state.group.is_main:
+        return
+    target.mkdir()
+    for weights, module in named_modules(state).items():
+        save_safetensors(_contiguous(module.state_dict()), target / f"{weights}.safetensors")
+    for network, trained in state.networks().items():
+        optimizer = {"optimizer": trained.optimizer.state_dict(), "scaler": trained.scaler.state_dict()}
+        torch.save(optimizer, target / f"{network}.optimizer.pt")
+    for rank, buffers in enumerate(of_ranks):
+        save_safetensors(buffers, target / f"rank{rank}.safetensors")
+    lecam = {"lecam": state.lecam.state_dict()} if isinstance(state, JointState) and state.lecam else {}
+    position = {"step": state.step, "world_size": state.group.world_size}
+    (target / "state.json").write_text(json.dumps(record | lecam | position, indent=1) + "\n")
+
+
+def _discriminator_buffers(state: LDMState) -> list[dict[str, Tensor]]:
+    """Statistics of each worker's discriminator (its batch norm is per worker); empty for one worker."""
     group = state.group
-    if group.is_main:
-        folder.delete(f"{name}/commit.json")
-        for weights, module in named_modules(state).items():
-            folder.write_bytes(f"{name}/{weights}.safetensors", save_safetensors(_contiguous(module.state_dict())))
-        for network, trained in state.networks().items():
-            optimizer = {"optimizer": trained.optimizer.state_dict(), "scaler": trained.scaler.state_dict()}
-            buffer = io.BytesIO()
-            torch.save(optimizer, buffer)
-            folder.write_bytes(f"{name}/{network}.optimizer.pt", buffer.getvalue())
-        lecam = {"lecam": state.lecam.state_dict()} if isinstance(state, JointState) and state.lecam else {}
-        folder.write_json(f"{name}/state.json", record | lecam | {"step": state.step, "world_size": group.world_size})
-    if group.world_size > 1 and isinstance(state, JointState):
-        buffers = dict(state.discriminator.module.named_buffers())  # its batch norm is per worker
-        folder.write_bytes(f"{name}/rank{group.rank}.safetensors", save_safetensors(_contiguous(buffers)))
-    group.barrier()
-    if group.is_main:
-        guard()
-        commit_checkpoint(folder, name)
-        _prune(folder, keep)
+    if group.world_size == 1 or not isinstance(state, JointState):
+        return []
+    gathered = {name: group.gather(buffer) for name, buffer in state.discriminator.module.named_buffers()}
+    return [_contiguous({name: values[rank] for name, values in gathered.items()}) for rank in range(group.world_size)]
 
 
-def load_checkpoint(folder: Artifact, images_seen: int, state: LDMState) -> dict[str, Any]:
+def load_checkpoint(
+    folder: Artifact, images_seen: int, state: LDMState, *, accumulation_steps: int = 1
+) -> dict[str, Any]:
     """Fill `state` from a committed checkpoint; returns its record.
 
     Raises:
-        ValueError: it was written by another number of workers (the discriminator's statistics are per worker,
-            and gradient sums round differently).
+        ValueError: it was written by another number of workers or micro-batches (the discriminator's statistics are
+            theirs, and gradient sums round differently).
     """
     name = f"{FOLDER}/{images_seen}"
     record: dict[str, Any] = folder.read_json(f"{name}/state.json")
@@ -64,11 +67,17 @@ def load_checkpoint(folder: Artifact, images_seen: int, state: LDMState) -> dict
             f"{folder.uri}: checkpoint {images_seen} was written by {record['world_size']} worker(s), this run has "
             f"{state.group.world_size}; set workers={record['world_size']}, or --force the stage to start anew"
         )
+    parts = record.get("accumulation_steps")
+    if parts not in (None, accumulation_steps):
+        raise ValueError(
+            f"{folder.uri}: checkpoint {images_seen} was written with gradient_accumulation_steps={parts}, this run "
+            f"has {accumulation_steps}; set it to {parts}, or --force the stage to start anew"
+        )
     for weights, module in named_modules(state).items():
         module.load_state_dict(load_safetensors(folder.read_bytes(f"{name}/{weights}.safetensors")))
     for network, trained in state.networks().items():
         blob = io.BytesIO(folder.read_bytes(f"{name}/{network}.optimizer.pt"))
-        saved = torch.load(blob, map_location=state.device, weights_only=True)
+        saved = torch.load(blob, map_location="cpu", weights_only=True)
         trained.optimizer.load_state_dict(saved["optimizer"])
         if saved["scaler"]:
             trained.scaler.load_state_dict(saved["scaler"])
@@ -89,11 +98,3 @@ def named_modules(state: LDMState) -> dict[str, nn.Module]:
 
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def _prune(folder: Artifact, keep: int) -> None:
-    newest = {str(images) for images in committed_checkpoints(folder)[-keep:]}
-    found = {name.split("/")[1] for name in folder.files() if name.startswith(f"{FOLDER}/")}
-    for images in found - newest:
-        folder.delete(f"{FOLDER}/{images}/commit.json")
-        folder.delete(f"{FOLDER}/{images}", recursive=True)

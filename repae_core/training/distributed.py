@@ -57,6 +57,14 @@ class Group:
         dist.all_reduce(reduced)
         return reduced / self.world_size
 
+    def gather(self, values: Tensor) -> list[Tensor]:
+        """The tensor of every rank, in their order; of equal shapes."""
+        if self.world_size == 1:
+            return [values]
+        gathered = [torch.empty_like(values) for _ in range(self.world_size)]
+        dist.all_gather(gathered, values.contiguous())
+        return gathered
+
     def all_true(self, flags: Tensor) -> Tensor:
         """Elementwise `and` of a bool tensor over processes."""
         if self.world_size == 1:

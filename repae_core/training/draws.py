@@ -20,6 +20,11 @@ class Draws:
     noise: Tensor
     label_drop: Tensor
 
+    def chunk(self, count: int) -> list[Draws]:
+        """Equal parts, in order."""
+        fields = (self.posterior_noise, self.t, self.noise, self.label_drop)
+        return [Draws(*part) for part in zip(*(field.chunk(count) for field in fields), strict=True)]
+
 
 def sample_draws(
     positions: Sequence[int],

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from repae_core.training.draws import Draws
-from repae_core.training.ema import update_ema
-from repae_core.training.precision import require_finite
-from repae_core.training.repae_step import sit_loss
+from repae_core.training.micro_batches import micro_batches
+from repae_core.training.repae_step import apply_updates, sit_phase
 from repae_core.training.state import Batch, FlowObjective, LDMState, Metrics
 
 
@@ -18,10 +17,7 @@ def ldm_step(
         NonFiniteLossError: a loss term is NaN or infinite on some rank; nothing was updated.
     """
     assert batch.latents is not None
-    loss, metrics = sit_loss(state, batch.latents, batch, draws, objective, train_norm=False)
-    state.sit.backward(loss)
-    require_finite(metrics, state.group)
-    metrics["grad_norm_sit"] = state.sit.step(objective.max_grad_norm, rate_factor)
-    update_ema(state.ema, state.sit.module, objective.ema_decay)
-    state.step += 1
+    parts = micro_batches(batch, draws, objective.accumulation_steps)
+    metrics = sit_phase(state, parts, batch.latents, objective, train_norm=False)
+    apply_updates(state, metrics, objective, rate_factor)
     return metrics

@@ -6,21 +6,33 @@ seen), so a run that starts from a checkpoint continues as if it had not stopped
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from repae_core.artifacts import Artifact
-from repae_core.training.checkpoint import committed_checkpoints, load_checkpoint, save_checkpoint
+from repae_core.artifacts.checkpoints import committed_checkpoints
+from repae_core.training.checkpoint import load_checkpoint
+from repae_core.training.checkpoint_writer import CheckpointWriter
 from repae_core.training.state import LDMState, Metrics
+from repae_core.training.watchdog import StepWatchdog
+
+logger = logging.getLogger("repae_core")
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What a run reports on its way: position, speed, the metrics logged now, pictures written now."""
+    """What a run reports on its way: position, speed, the metrics logged now, pictures written now.
+
+    history: once, when a run continues: every row logged before, for those who have missed some.
+    checkpoint_seconds: that training has lost to checkpoints since it started or continued.
+    phases: seconds a step by phase, mean since the last report of metrics.
+    """
 
     step: int
     total_steps: int
@@ -28,6 +40,9 @@ class Progress:
     images_per_second: float
     metrics: dict[str, float] = field(default_factory=dict)
     previews: dict[str, str] = field(default_factory=dict)  # picture name -> file in the stage's folder
+    checkpoint_seconds: float = 0.0
+    phases: dict[str, float] = field(default_factory=dict)
+    history: list[dict[str, float]] = field(default_factory=list)
 
 
 Report = Callable[[Progress], None]
@@ -35,7 +50,11 @@ Report = Callable[[Progress], None]
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """Intervals are in steps; 0 previews = none."""
+    """Intervals are in steps; 0 previews or kept checkpoints = none.
+
+    step_timeout: seconds after which a step counts as hanging and ends the process; 0 = max(120 s, 10 x median),
+    None = never.
+    """
 
     total_steps: int
     batch_size: int
@@ -43,13 +62,18 @@ class LoopSettings:
     checkpoint_every: int
     keep_checkpoints: int
     preview_every: int
+    keep_checkpoints_every: int = 0
+    checkpoint_queue: int = 2
+    accumulation_steps: int = 1
+    step_timeout: float | None = None
 
 
 class TrainingLoop:
     """Runs `step(index, batch)` from the newest checkpoint of `folder` to the end.
 
     record: what a checkpoint keeps beside the state (model specs, threads); the metric history joins it.
-    guard: called before each commit, raises when the stage's lease is lost.
+    guard: called before each commit, raises when the stage's lease is lost. preempted: asked after each step, by
+    all ranks and with one answer; the first True makes a checkpoint at once.
     """
 
     def __init__(
@@ -61,25 +85,39 @@ class TrainingLoop:
         record: dict[str, Any],
         report: Report,
         guard: Callable[[], None],
+        preempted: Callable[[], bool] = lambda: False,
     ) -> None:
         self.state = state
         self.folder = folder
         self.settings = settings
-        self.record = record
+        self.record = record | {"accumulation_steps": settings.accumulation_steps}
         self.report = report
         self.guard = guard
+        self.preempted = preempted
         self.history: list[dict[str, float]] = []
         self.start_step = 0
 
     def restore(self, source: Artifact | None = None) -> bool:
-        """Continue from the newest committed checkpoint of `source` (default: this folder); False if it has none."""
-        source = source or self.folder
-        found = committed_checkpoints(source)
+        """Continue from the newest committed checkpoint of `source` (default: this folder); False if it has none.
+
+        Raises:
+            ValueError: it does not fit this run: workers, micro-batches, batch size, or nothing left to train.
+        """
+        origin = source or self.folder
+        found = committed_checkpoints(origin)
         if not found:
             return False
-        record = load_checkpoint(source, found[-1], self.state)
+        s = self.settings
+        if found[-1] % s.batch_size or (source and found[-1] >= s.total_steps * s.batch_size):
+            raise ValueError(
+                f"{origin.uri} has seen {found[-1]} images; this run of {s.total_steps} steps of {s.batch_size} images "
+                "must be longer, by whole batches: see init_from, batch_size and max_steps"
+            )
+        record = load_checkpoint(origin, found[-1], self.state, accumulation_steps=s.accumulation_steps)
         self.history = record["history"]
-        self.start_step = record["images_seen"] // self.settings.batch_size
+        self.start_step = record["images_seen"] // s.batch_size
+        logger.info("continued from checkpoint %d of %s", found[-1], origin.uri)
+        self.report(Progress(self.start_step, s.total_steps, found[-1], 0.0, history=self.history))
         return True
 
     def run(
@@ -88,29 +126,68 @@ class TrainingLoop:
         step: Callable[[int, Any], Metrics],
         preview: Callable[[int], dict[str, str]] | None = None,
     ) -> None:
-        """Train to `total_steps`; `batches` start at the step after the restored one."""
-        s = self.settings
-        started, last_report = time.monotonic(), time.monotonic()
-        for index, batch in zip(range(self.start_step, s.total_steps), batches, strict=False):
-            metrics = step(index, batch)
-            done = index + 1
-            last = done == s.total_steps
-            logged = self._log(done, metrics) if done % s.log_every == 0 or last else {}
-            pictures = preview(done) if preview and (last or (s.preview_every and done % s.preview_every == 0)) else {}
-            if done % s.checkpoint_every == 0 or last:
-                self._checkpoint(done)
-            if logged or pictures or time.monotonic() - last_report > 2.0:
-                last_report = time.monotonic()
-                speed = (done - self.start_step) * s.batch_size / (last_report - started)
-                self.report(Progress(done, s.total_steps, done * s.batch_size, speed, logged, pictures))
+        """Train to `total_steps`; `batches` start at the step after the restored one.
 
-    def _log(self, done: int, metrics: Metrics) -> dict[str, float]:
-        """The only place where metrics leave the device: one reduction over ranks, one copy."""
+        Raises:
+            StoreError: a checkpoint could not be written within the store's time budget.
+        """
+        s = self.settings
+        started, last_report, saved_for_preemption = time.monotonic(), time.monotonic(), False
+        writer = CheckpointWriter(
+            self.folder,
+            self.state,
+            guard=self.guard,
+            keep=s.keep_checkpoints,
+            keep_every=s.keep_checkpoints_every * s.batch_size,
+            waiting=s.checkpoint_queue,
+        )
+        with writer, self._watchdog() as beat:
+            for index, batch in zip(range(self.start_step, s.total_steps), self._timed(batches), strict=False):
+                metrics = step(index, batch)
+                done = index + 1
+                last = done == s.total_steps
+                logged, phases = self._log(done, metrics) if done % s.log_every == 0 or last else ({}, {})
+                due = last or (s.preview_every and done % s.preview_every == 0)
+                pictures = preview(done) if preview and due else {}
+                leaving = not saved_for_preemption and self.preempted()
+                if leaving or done % s.checkpoint_every == 0 or last:
+                    writer.save(self.record | {"images_seen": done * s.batch_size, "history": self.history})
+                if leaving:
+                    logger.warning("this machine is about to be taken away: checkpoint at step %d", done)
+                    saved_for_preemption = True
+                    writer.flush()
+                writer.check()
+                beat()
+                if logged or pictures or time.monotonic() - last_report > 2.0:
+                    last_report = time.monotonic()
+                    speed = (done - self.start_step) * s.batch_size / (last_report - started)
+                    images = done * s.batch_size
+                    self.report(Progress(done, s.total_steps, images, speed, logged, pictures, writer.seconds, phases))
+        if self.state.group.is_main and self.start_step < s.total_steps:
+            logger.info("%.1f s lost to checkpoints", writer.seconds)
+
+    @contextlib.contextmanager
+    def _watchdog(self) -> Iterator[Callable[[], None]]:
+        if self.settings.step_timeout is None:
+            yield lambda: None
+        else:
+            with StepWatchdog(self.settings.step_timeout or None) as watchdog:
+                yield watchdog.beat
+
+    def _timed(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The batches, with the time spent on waiting for them."""
+        source = iter(batches)
+        while True:
+            with self.state.timer("data"):
+                batch = next(source, None)
+            if batch is None:
+                return
+            yield batch
+
+    def _log(self, done: int, metrics: Metrics) -> tuple[dict[str, float], dict[str, float]]:
+        """The only place where metrics leave the device: one reduction over ranks, one copy; and seconds by phase."""
         values = self.state.group.mean(torch.stack([m.float() for m in metrics.values()])).tolist()
         logged = dict(zip(metrics, values, strict=True))
         self.history.append({"step": done, "images_seen": done * self.settings.batch_size, **logged})
-        return logged
-
-    def _checkpoint(self, done: int) -> None:
-        record = self.record | {"images_seen": done * self.settings.batch_size, "history": self.history}
-        save_checkpoint(self.folder, self.state, record, guard=self.guard, keep=self.settings.keep_checkpoints)
+        steps = min(self.settings.log_every, done - self.start_step)
+        return logged, {phase: seconds / steps for phase, seconds in self.state.timer.take().items()}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 M = TypeVar("M", bound=nn.Module)
@@ -43,6 +44,21 @@ class Network(Generic[M]):
             foreach=True,
         )
         self.scaler = torch.amp.GradScaler(enabled=grad_scale)
+
+    def gradients(self, *, reduce: bool) -> AbstractContextManager[object]:
+        """Forward and backward passes inside; `reduce` off: their gradients stay local for now."""
+        if reduce or not isinstance(self.forward, DistributedDataParallel):
+            return nullcontext()
+        return self.forward.no_sync()
+
+    def settle_buckets(self, loss: Tensor) -> None:
+        """A throw-away backward pass, its gradients dropped.
+
+        After its first pass DDP lays the gradients out anew, and another layout adds in another order: a run that
+        continues from a checkpoint would differ in the last bit from one that did not stop.
+        """
+        loss.backward()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def backward(self, loss: Tensor) -> None:
         """Add the loss's gradient."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from repae_core.losses import (
@@ -16,6 +19,7 @@ from repae_core.losses import (
 from repae_core.models import DiagonalGaussian, drop_labels
 from repae_core.training.draws import Draws
 from repae_core.training.ema import update_ema
+from repae_core.training.micro_batches import MicroBatch, accumulate, micro_batches
 from repae_core.training.optim import frozen
 from repae_core.training.precision import autocast, require_finite
 from repae_core.training.state import Batch, FlowObjective, JointObjective, JointState, LDMState, Metrics
@@ -32,22 +36,59 @@ def repae_step(
     Raises:
         NonFiniteLossError: a loss term is NaN or infinite on some rank; nothing was updated.
     """
-    assert batch.images is not None
-    x = batch.images.float() / 127.5 - 1  # [B,3,H,W] in [-1,1]
-    posterior, z, recon = state.vae.forward(x, draws.posterior_noise)
-
-    loss, metrics = vae_loss(state, x, posterior, z, recon, batch, draws, objective)
-    state.vae.backward(loss)
-    metrics |= discriminator_phase(state, x, recon.detach(), objective)
-    loss, sit_metrics = sit_loss(state, z.detach(), batch, draws, objective, train_norm=True)
-    state.sit.backward(loss)
-
-    metrics |= sit_metrics
+    parts = micro_batches(batch, draws, objective.accumulation_steps)
+    z, recon, metrics = vae_phase(state, parts, objective)
+    metrics |= discriminator_phase(state, parts, recon, objective)
+    metrics |= sit_phase(state, parts, z, objective, train_norm=True)
     apply_updates(state, metrics, objective, rate_factor)
     return metrics
 
 
-def apply_updates(state: JointState, metrics: Metrics, objective: JointObjective, rate_factor: float) -> None:
+def vae_phase(
+    state: JointState, parts: Sequence[MicroBatch], objective: JointObjective
+) -> tuple[Tensor, Tensor, Metrics]:
+    """Gradient of the VAE; z and reconstructions of the whole batch, detached, for the other phases."""
+    kept: list[tuple[Tensor, Tensor]] = []
+
+    def loss(batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
+        x = in_unit_range(batch, state)
+        posterior, z, recon = state.vae.forward(x, draws.posterior_noise)
+        kept.append((z.detach(), recon.detach()))
+        return vae_loss(state, x, posterior, z, recon, batch, draws, objective)
+
+    with state.timer("vae"):
+        metrics = accumulate(state.vae, parts, loss)
+    z, recon = (torch.cat(of_parts) for of_parts in zip(*kept, strict=True))
+    return z, recon, metrics
+
+
+def discriminator_phase(
+    state: JointState, parts: Sequence[MicroBatch], recon: Tensor, objective: JointObjective
+) -> Metrics:
+    """Gradient of the discriminator: hinge loss on real images and this step's reconstructions."""
+    reconstructions = iter(recon.chunk(len(parts)))
+
+    def loss(batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
+        return discriminator_loss(state, in_unit_range(batch, state), next(reconstructions), objective)
+
+    with state.timer("discriminator"):
+        return accumulate(state.discriminator, parts, loss)
+
+
+def sit_phase(
+    state: LDMState, parts: Sequence[MicroBatch], z: Tensor, objective: FlowObjective, *, train_norm: bool
+) -> Metrics:
+    """Gradient of SiT on z of the whole batch.
+
+    train_norm: the latent norm takes the global batch's statistics, over ranks and micro-batches, and updates its
+    running ones (joint step); off: fixed statistics (latent-only step).
+    """
+    with state.timer("sit"):
+        latents = iter(state.sit.module.train(train_norm).bn(z).chunk(len(parts)))
+        return accumulate(state.sit, parts, lambda b, d: sit_loss(state, next(latents), b, d, objective))
+
+
+def apply_updates(state: LDMState, metrics: Metrics, objective: FlowObjective, rate_factor: float) -> None:
     """Clip and step every network, then the moving average; the gradient norms join `metrics`.
 
     Raises:
@@ -55,8 +96,10 @@ def apply_updates(state: JointState, metrics: Metrics, objective: JointObjective
     """
     require_finite(metrics, state.group)
     for name, network in state.networks().items():
-        metrics[f"grad_norm_{name}"] = network.step(objective.max_grad_norm, rate_factor)
-    update_ema(state.ema, state.sit.module, objective.ema_decay)
+        with state.timer(name):
+            metrics[f"grad_norm_{name}"] = network.step(objective.max_grad_norm, rate_factor)
+    with state.timer("ema"):
+        update_ema(state.ema, state.sit.module, objective.ema_decay)
     state.step += 1
 
 
@@ -86,8 +129,10 @@ def vae_loss(
     return loss, {name: value.detach() for name, value in metrics.items()} | {"vae_loss": loss.detach()}
 
 
-def discriminator_phase(state: JointState, x: Tensor, recon: Tensor, objective: JointObjective) -> Metrics:
-    """Gradient of the discriminator: hinge loss on real images and this step's reconstructions."""
+def discriminator_loss(
+    state: JointState, x: Tensor, recon: Tensor, objective: JointObjective
+) -> tuple[Tensor, Metrics]:
+    """Hinge loss (and LeCam's regulariser); the discriminator sees real images and reconstructions apart."""
     on = float(state.step >= objective.discriminator_start)
     real, fake = state.discriminator.forward(x), state.discriminator.forward(recon)
     loss = on * hinge_discriminator_loss(real, fake)
@@ -96,23 +141,15 @@ def discriminator_phase(state: JointState, x: Tensor, recon: Tensor, objective: 
         metrics["lecam_loss"] = lecam_loss(real, fake, state.lecam)
         loss = loss + on * objective.lecam_weight * metrics["lecam_loss"]
         state.lecam.update(real, fake)
-    state.discriminator.backward(loss)
-    return {name: value.detach() for name, value in metrics.items()}
+    return loss, {name: value.detach() for name, value in metrics.items()}
 
 
 def sit_loss(
-    state: LDMState, z: Tensor, batch: Batch, draws: Draws, objective: FlowObjective, *, train_norm: bool
+    state: LDMState, zbar: Tensor, batch: Batch, draws: Draws, objective: FlowObjective
 ) -> tuple[Tensor, Metrics]:
-    """L_sit: flow matching and alignment, with labels dropped.
-
-    `train_norm`: the latent norm takes the global batch's statistics and updates its running ones (joint
-    step); off: fixed statistics (latent-only step).
-    """
-    sit = state.sit.module
-    sit.train()
-    sit.bn.train(train_norm)
-    x_t, v_target = objective.interpolant.interpolate(sit.bn(z), draws.noise, draws.t)
-    labels = drop_labels(batch.labels, 0.0, null_class=sit.null_class, mask=draws.label_drop)
+    """L_sit on normalised latents: flow matching and alignment, with labels dropped."""
+    x_t, v_target = objective.interpolant.interpolate(zbar, draws.noise, draws.t)
+    labels = drop_labels(batch.labels, 0.0, null_class=state.sit.module.null_class, mask=draws.label_drop)
     with autocast(state.device, objective.mixed_precision):
         v_pred, projections = state.sit.forward(x_t, draws.t, labels, with_projections=True)
     flow = flow_matching_loss(v_pred, v_target)
@@ -125,15 +162,24 @@ def vae_warmup_step(
     state: JointState, batch: Batch, draws: Draws, objective: JointObjective, *, rate_factor: float = 1.0
 ) -> Metrics:
     """One step of the VAE alone: reconstruction, perceptual loss and KL (for a VAE from scratch)."""
-    assert batch.images is not None
-    x = batch.images.float() / 127.5 - 1
-    posterior, _, recon = state.vae.forward(x, draws.posterior_noise)
-    loss, metrics = autoencoder_loss(x, recon, posterior, objective)
-    state.vae.backward(loss)
-    metrics = {name: value.detach() for name, value in metrics.items()} | {"vae_loss": loss.detach()}
-    require_finite(metrics, state.group)
-    metrics["grad_norm_vae"] = state.vae.step(objective.max_grad_norm, rate_factor)
+
+    def loss(batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
+        x = in_unit_range(batch, state)
+        posterior, _, recon = state.vae.forward(x, draws.posterior_noise)
+        total, terms = autoencoder_loss(x, recon, posterior, objective)
+        return total, {name: value.detach() for name, value in terms.items()} | {"vae_loss": total.detach()}
+
+    with state.timer("vae"):
+        metrics = accumulate(state.vae, micro_batches(batch, draws, objective.accumulation_steps), loss)
+        require_finite(metrics, state.group)
+        metrics["grad_norm_vae"] = state.vae.step(objective.max_grad_norm, rate_factor)
     return metrics
+
+
+def in_unit_range(batch: Batch, state: LDMState) -> Tensor:
+    """The batch's images as the VAE sees them: [B,3,H,W] in [-1,1]."""
+    assert batch.images is not None
+    return batch.images.to(state.dtype) / 127.5 - 1
 
 
 def autoencoder_loss(

@@ -55,11 +55,12 @@ class TrainingRun(ABC):
         guard: Callable[[], None],
         record: dict[str, Any],
         init_from: Artifact | None = None,
+        preempted: Callable[[], bool] = lambda: False,
     ) -> list[dict[str, float]]:
         """Train to the end from the newest checkpoint, `init_from`'s, or the start; returns the history.
 
         report: called with Progress; guard: called before each commit, raises when the lease is lost;
-        record: JSON-able values kept in every checkpoint.
+        record: JSON-able values kept in every checkpoint; preempted: see TrainingLoop.
         """
         s = self.section
         settings = LoopSettings(
@@ -69,9 +70,15 @@ class TrainingRun(ABC):
             checkpoint_every=s.checkpoint_every,
             keep_checkpoints=s.keep_checkpoints,
             preview_every=s.preview_every,
+            keep_checkpoints_every=s.keep_checkpoints_every,
+            checkpoint_queue=s.checkpoint_queue,
+            accumulation_steps=s.gradient_accumulation_steps,
+            step_timeout=s.step_timeout if s.workers else None,
         )
         record = record | self.specs() | {"batch_size": s.batch_size}
-        loop = TrainingLoop(self.state, self.folder, settings, record=record, report=report, guard=guard)
+        loop = TrainingLoop(
+            self.state, self.folder, settings, record=record, report=report, guard=guard, preempted=preempted
+        )
         if not loop.restore() and init_from is not None:
             loop.restore(init_from)
         loop.run(self.batches(loop.start_step), self.step, self.preview)

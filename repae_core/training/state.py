@@ -14,6 +14,7 @@ from repae_core.losses import LeCamEMA
 from repae_core.models import KLVAE, PatchGAN, SiT
 from repae_core.training.distributed import Group
 from repae_core.training.optim import Network
+from repae_core.training.timing import PhaseTimer
 
 
 @dataclass(frozen=True)
@@ -29,16 +30,28 @@ class Batch:
     images: Tensor | None = None
     latents: Tensor | None = None
 
+    def chunk(self, count: int) -> list[Batch]:
+        """Equal parts, in order."""
+        labels = self.labels.chunk(count)
+        features = [list(of_part) for of_part in zip(*(f.chunk(count) for f in self.features), strict=True)]
+        images = self.images.chunk(count) if self.images is not None else [None] * count
+        latents = self.latents.chunk(count) if self.latents is not None else [None] * count
+        return [Batch(*part) for part in zip(labels, features or [[]] * count, images, latents, strict=True)]
+
 
 @dataclass(frozen=True)
 class FlowObjective:
-    """Settings of the SiT loss (system.md section 3.4)."""
+    """Settings of the SiT loss (system.md section 3.4).
+
+    accumulation_steps: micro-batches a worker splits its batch into; the result is that of one large batch.
+    """
 
     interpolant: Interpolant
     proj_coeff: float = 0.5
     max_grad_norm: float = 1.0
     ema_decay: float = 0.9999
     mixed_precision: str = "no"
+    accumulation_steps: int = 1
 
 
 @dataclass(frozen=True)
@@ -66,6 +79,7 @@ class LDMState:
     sit: Network[SiT]
     ema: SiT
     step: int = 0
+    timer: PhaseTimer = field(default_factory=PhaseTimer)
 
     def networks(self) -> dict[str, Network[Any]]:
         """Trained networks by name."""
@@ -75,6 +89,11 @@ class LDMState:
     def device(self) -> torch.device:
         """Device of the networks."""
         return self.group.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the networks' weights."""
+        return self.sit.module.pos_embed.dtype
 
 
 @dataclass

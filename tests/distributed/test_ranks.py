@@ -1,14 +1,11 @@
 """Two and three processes over gloo equal one process with the whole batch."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from distributed.ranks import run_ranks
 
 SCRIPT = """
 import json, sys
@@ -42,24 +39,15 @@ group.accelerator.end_training()
 """
 
 
-def run_ranks(folder: Path, world: int) -> list[dict]:
+def results(folder: Path, world: int) -> list[dict]:
     folder.mkdir()
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    processes = []
-    for rank in range(world):
-        extra = {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
-        } if world > 1 else {}  # fmt: skip
-        processes.append(subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder)], env=os.environ | extra))
-    assert [p.wait(timeout=200) for p in processes] == [0] * world
+    run_ranks(SCRIPT, world, str(folder))
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
 
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_equal_one_process(tmp_path, world):
-    (one,), many = run_ranks(tmp_path / "one", 1), run_ranks(tmp_path / "many", world)
+    (one,), many = results(tmp_path / "one", 1), results(tmp_path / "many", world)
     assert [r["world"] for r in many] == [world] * world
     out = torch.cat([torch.tensor(r["out"]) for r in many])
     torch.testing.assert_close(out, torch.tensor(one["out"]))

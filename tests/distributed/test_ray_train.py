@@ -10,7 +10,7 @@ import tiny
 
 from repae_core.artifacts import Artifact, Store
 from repae_core.artifacts.checkpoints import committed_checkpoints
-from tasks.ray_launch import RaySession, WorkersFailedError, launch
+from tasks.ray_launch import FinalError, RaySession, WorkersFailedError, launch
 
 TWO = [f"{stage}.{field}" for stage in ("train_repae", "train_ldm") for field in ("workers=2", "cpus_per_worker=1")]
 
@@ -106,6 +106,44 @@ def test_launch_reports_results_and_the_cause_of_failures():
         session.close()
     assert [message["seen"] for message in seen] == [1, 2, 2, 3]  # every rank reports
     assert {message["rank"] for message in seen[1:3]} == {"0", "1"}
+
+
+def test_failures_count_until_there_is_a_new_checkpoint(tmp_path):
+    """max_failures=1 allows one restart without progress: the third failure is one too many. A FinalError is final."""
+    starts = tmp_path / "starts"
+
+    def dying_worker(payload, report):
+        import os
+        import signal
+        from pathlib import Path
+
+        with Path(payload["starts"]).open("a") as file:
+            file.write("x")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def final_worker(payload, report):
+        from pathlib import Path
+
+        from tasks.ray_launch import FinalError
+
+        with Path(payload["starts"]).open("a") as file:
+            file.write("f")
+        raise FinalError("flow_loss is not finite")
+
+    def position():
+        return min(len(starts.read_text()), 2) if starts.exists() else 0
+
+    session = RaySession()
+    try:
+        settings = {"session": session, "workers": 1, "cpus_per_worker": 1, "max_failures": 1, "on_report": print}
+        with pytest.raises(WorkersFailedError):
+            launch(dying_worker, {"starts": str(starts)}, position=position, **settings)
+        assert starts.read_text() == "xxx"
+        with pytest.raises(FinalError, match="flow_loss is not finite"):
+            launch(final_worker, {"starts": str(starts)}, **settings)
+        assert starts.read_text() == "xxxf"
+    finally:
+        session.close()
 
 
 def test_an_unreachable_cluster_is_one_line(monkeypatch):

@@ -66,7 +66,7 @@ def vae_gradients(images, tmp_path, losses: tuple[str, ...]) -> dict[str, torch.
         if which == "vae":
             loss, _ = vae_loss(run.state, x, posterior, z, recon, batch, draws, run.joint_objective)
         else:
-            loss, _ = sit_loss(run.state, z, batch, draws, run.joint_objective, train_norm=True)
+            loss, _ = sit_loss(run.state, run.state.sit.module.train().bn(z), batch, draws, run.joint_objective)
         loss.backward()
         for name, parameter in run.state.vae.module.named_parameters():
             if parameter.grad is not None:

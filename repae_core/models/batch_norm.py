@@ -1,0 +1,46 @@
+"""Batch normalisation over the global batch of all ranks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from repae_core.collectives import sum_over_ranks, world_size
+
+
+class GlobalBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm2d whose batch is that of all ranks: biased variance to normalise, unbiased into running_var.
+
+    Own synchronisation because torch's SyncBatchNorm does not run on a CPU. Gradients flow through the global
+    statistics. State-dict names are BatchNorm2d's.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x [B,C,H,W]; B is this rank's part."""
+        if not self.training or world_size() == 1:
+            return super().forward(x)
+        normalised = self._by_global_statistics(x)
+        if self.affine:
+            normalised = normalised * self.weight[None, :, None, None] + self.bias[None, :, None, None]
+        return normalised
+
+    def _by_global_statistics(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        count = torch.tensor([x.numel() / x.shape[1]], device=x.device, dtype=torch.float64)
+        total = sum_over_ranks(torch.cat([wide.sum((0, 2, 3)).double(), count]))
+        n, mean = total[-1], total[:-1] / total[-1]
+        # A second reduction, of centred squares: E[x^2] - E[x]^2 would cancel.
+        centred = wide - mean.to(wide.dtype)[None, :, None, None]
+        var = sum_over_ranks(centred.square().sum((0, 2, 3)).double()) / n
+        self._update_running(mean.detach(), var.detach() * n / (n - 1))
+        return (centred * torch.rsqrt(var + self.eps).to(wide.dtype)[None, :, None, None]).to(x.dtype)
+
+    @torch.no_grad()
+    def _update_running(self, mean: Tensor, var: Tensor) -> None:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        assert self.momentum is not None
+        self.num_batches_tracked += 1
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+        self.running_var.lerp_(var.to(self.running_var.dtype), self.momentum)

@@ -1,0 +1,147 @@
+"""Checkpoints written beside the training: a snapshot on local disk in the step, the upload in the background."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import psutil
+
+from repae_core.artifacts import Artifact, StoreError
+from repae_core.artifacts.checkpoints import FOLDER, commit_checkpoint, committed_checkpoints
+from repae_core.training.checkpoint import write_snapshot
+from repae_core.training.state import LDMState
+
+logger = logging.getLogger("repae_core")
+
+_CANCEL_SECONDS = 5.0  # a cancelled run must be gone within 15 s; an upload cut off is not committed
+
+
+class CheckpointWriter:
+    """Checkpoints of a run into `folder`; use as a context, which waits for the uploads when it ends.
+
+    At most `waiting` snapshots lie in local scratch; `save` blocks while there are more, so that a store that is
+    away for longer than its time budget stops the run instead of filling the disk. A failed upload is raised by the
+    next `save`, `check` or at the end. Kept are the newest `keep`, and every one at a multiple of `keep_every`
+    images (0 = none).
+
+    guard: called right before each commit, raises when the stage's lease is lost.
+    """
+
+    def __init__(
+        self,
+        folder: Artifact,
+        state: LDMState,
+        *,
+        guard: Callable[[], None],
+        keep: int,
+        keep_every: int = 0,
+        waiting: int = 2,
+    ) -> None:
+        self.seconds = 0.0  # that training has lost to checkpoints so far
+        self._folder, self._state, self._guard = folder, state, guard
+        self._keep, self._keep_every = keep, keep_every
+        self._room = threading.Semaphore(waiting)
+        self._queue: queue.Queue[int | None] = queue.Queue()
+        self._error: BaseException | None = None
+        self._thread: threading.Thread | None = None
+        self._scratch = Path()
+
+    def __enter__(self) -> Self:
+        if self._state.group.is_main:
+            self._scratch = open_scratch(self._folder.fingerprint)
+            self._thread = threading.Thread(target=self._work, name="checkpoint-writer", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join(None if kind is None or issubclass(kind, Exception) else _CANCEL_SECONDS)
+            shutil.rmtree(self._scratch, ignore_errors=True)
+        if error is None:
+            self.check()
+
+    def save(self, record: dict[str, Any]) -> None:
+        """Snapshot of the state as it is now; every rank calls it. record: JSON-able position and history.
+
+        Raises:
+            StoreError: no room on the local disk, or an earlier upload failed for good.
+        """
+        began = time.monotonic()
+        target = self._scratch / str(record["images_seen"])
+        if self._thread is not None:
+            self._room.acquire()
+            self.check()
+        try:
+            write_snapshot(target, self._state, record)
+        except OSError as error:
+            raise StoreError(f"checkpoint scratch {self._scratch}: {error.strerror or error}") from error
+        if self._thread is not None:
+            self._queue.put(record["images_seen"])
+        self.seconds += time.monotonic() - began
+
+    def check(self) -> None:
+        """Raise what went wrong in the background."""
+        if self._error is not None:
+            raise self._error
+
+    def flush(self) -> None:
+        """Wait until everything saved is committed."""
+        while self._thread is not None and self._thread.is_alive() and self._queue.unfinished_tasks:
+            time.sleep(0.05)
+        self.check()
+
+    def _work(self) -> None:
+        while (images_seen := self._queue.get()) is not None:
+            try:
+                if self._error is None:
+                    self._upload(images_seen)
+            except BaseException as error:
+                logger.error("checkpoint %d: %s", images_seen, error)
+                self._error = error
+            finally:
+                shutil.rmtree(self._scratch / str(images_seen), ignore_errors=True)
+                self._room.release()
+                self._queue.task_done()
+
+    def _upload(self, images_seen: int) -> None:
+        name = f"{FOLDER}/{images_seen}"
+        self._folder.delete(f"{name}/commit.json")
+        for path in sorted((self._scratch / str(images_seen)).iterdir()):
+            self._folder.upload(f"{name}/{path.name}", path)
+        self._guard()
+        commit_checkpoint(self._folder, name)
+        self._prune()
+
+    def _prune(self) -> None:
+        committed = committed_checkpoints(self._folder)
+        kept = set(committed[-self._keep :])
+        kept |= {images for images in committed if self._keep_every and images % self._keep_every == 0}
+        found = {name.split("/")[0] for name in self._folder.files(FOLDER)}
+        for images in found - {str(images) for images in kept}:
+            self._folder.delete(f"{FOLDER}/{images}/commit.json")
+            self._folder.delete(f"{FOLDER}/{images}", recursive=True)
+
+
+def open_scratch(fingerprint: str) -> Path:
+    """An empty folder of this process below TMPDIR; those that killed processes left are removed."""
+    parent = Path(tempfile.gettempdir()) / f"repae-checkpoints-{os.getuid()}"
+    parent.mkdir(mode=0o700, exist_ok=True)
+    for folder in parent.iterdir():
+        pid = folder.name.rpartition("-")[2]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
+    scratch = parent / f"{fingerprint}-{os.getpid()}"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    return scratch

@@ -1,0 +1,109 @@
+"""The background writer: what is kept, what happens while the store is away or full, and after a lost lease."""
+
+import threading
+
+import pytest
+import torch
+
+from repae_core.artifacts import Artifact, Store, StoreError
+from repae_core.artifacts.checkpoints import committed_checkpoints
+from repae_core.training import checkpoint_writer
+from repae_core.training.checkpoint_writer import CheckpointWriter
+from repae_core.training.distributed import open_group
+from repae_core.training.optim import Network
+from repae_core.training.state import LDMState
+
+
+@pytest.fixture(autouse=True)
+def scratch(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint_writer.tempfile, "gettempdir", lambda: str(tmp_path))
+
+
+@pytest.fixture
+def state() -> LDMState:
+    layer = torch.nn.Linear(2, 2)
+    return LDMState(open_group(), Network(layer, layer, learning_rate=0.1), torch.nn.Linear(2, 2))
+
+
+@pytest.fixture
+def folder(tmp_path) -> Artifact:
+    return Artifact(Store(str(tmp_path / "store")), "train-ldm", "f" * 16)
+
+
+def writer(folder, state, *, guard=lambda: None, keep=2, **settings) -> CheckpointWriter:
+    return CheckpointWriter(folder, state, guard=guard, keep=keep, **settings)
+
+
+def save(target: CheckpointWriter, images_seen: int) -> None:
+    target.save({"images_seen": images_seen, "history": []})
+
+
+def test_keeps_the_newest_and_every_nth(folder, state, tmp_path):
+    with writer(folder, state, keep=2, keep_every=30) as target:
+        for images_seen in range(10, 80, 10):
+            save(target, images_seen)
+    assert committed_checkpoints(folder) == [30, 60, 70]
+    assert not any(name.split("/")[1] == "40" for name in folder.files())
+    assert list(tmp_path.glob("repae-checkpoints-*/*")) == []
+    assert target.seconds > 0
+
+
+def test_a_snapshot_is_the_state_of_its_step(folder, state):
+    """The weights change while the upload waits: the checkpoint has those of its step."""
+    before = state.sit.module.weight.detach().clone()
+    gate = threading.Event()
+    with writer(folder, state, guard=lambda: gate.wait(10)) as target:
+        save(target, 10)
+        state.sit.module.weight.data.zero_()
+        assert committed_checkpoints(folder) == []
+        gate.set()
+        target.flush()
+        assert committed_checkpoints(folder) == [10]
+    from safetensors.torch import load
+
+    assert torch.equal(load(folder.read_bytes("checkpoints/10/sit.safetensors"))["weight"], before)
+
+
+def test_scratch_is_bounded(folder, state, tmp_path):
+    gate = threading.Event()
+    with writer(folder, state, guard=lambda: gate.wait(20), keep=9, waiting=2) as target:
+        save(target, 10)
+        save(target, 20)
+        third = threading.Thread(target=save, args=(target, 30))
+        third.start()
+        third.join(0.3)
+        assert third.is_alive()
+        assert len(list(tmp_path.glob("repae-checkpoints-*/*/*"))) == 2
+        gate.set()
+        third.join(20)
+    assert committed_checkpoints(folder) == [10, 20, 30]
+
+
+def test_a_failed_upload_stops_the_run_and_damages_nothing(folder, state, monkeypatch):
+    with writer(folder, state) as target:
+        save(target, 10)
+    monkeypatch.setattr(folder, "upload", lambda name, path: (_ for _ in ()).throw(StoreError("no space left")))
+    failing = writer(folder, state)
+    with pytest.raises(StoreError, match="no space left"), failing:  # noqa: PT012
+        save(failing, 20)
+        failing.flush()
+    assert committed_checkpoints(folder) == [10]
+
+
+def test_a_full_local_disk_is_one_line(folder, state, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint_writer, "write_snapshot", full)
+    target = writer(folder, state)
+    with pytest.raises(StoreError, match=r"checkpoint scratch .*: No space left on device"), target:
+        save(target, 10)
+
+
+def test_scratch_of_killed_processes_is_removed(tmp_path):
+    left = checkpoint_writer.open_scratch("a" * 16)
+    dead = left.parent / f"{'a' * 16}-999999999"
+    dead.mkdir()
+    checkpoint_writer.open_scratch("b" * 16)
+    assert not dead.exists()
+    assert left.exists()
