@@ -12,7 +12,7 @@ from repae_core.remote_files import local_copy, sha256_of
 
 # Raised when a stage's output changes for the same config.
 VERSIONS = {
-    "preprocess": 1,
+    "preprocess": 2,
     "train-repae": 2,
     "extract-vae": 1,
     "cache-latents": 2,
