@@ -212,6 +212,17 @@ def test_published_weights_are_the_defaults() -> None:
     assert (config.batch_size, config.encoder_depth, config.class_dropout_prob) == (256, 8, 0.1)
 
 
+@pytest.mark.parametrize("published", [True, False])
+def test_the_lpips_switch_reaches_the_network(backbone: Path, published: bool) -> None:
+    """compat `lpips_double_scale`, on both sides, from the config to the loss."""
+    config = load_config("imagenet256-sdvae", [f"train_repae.perceptual_weights={backbone}"]).train_repae
+    objective = joint_objective(config, CompatConfig(lpips_double_scale=published), torch.device("cpu"))
+    assert objective.perceptual is not None
+    name = "package_lpips_on_2x_minus_1_of_minus1_1_images" if published else "package_lpips_on_minus1_1_images"
+    with torch.no_grad():
+        torch.testing.assert_close(objective.perceptual(RECON, X), torch.tensor(LPIPS_J[name]), rtol=1e-5, atol=0)
+
+
 def test_configured_weights_reach_the_objective() -> None:
     sets = [f"train_repae.{name}={value}" for name, value in OTHER.items()]
     sets += ["train_repae.lecam_weight=0.3", "train_repae.proj_coeff=0.25", "train_repae.max_grad_norm=2.5"]
