@@ -76,7 +76,8 @@ def gradients(backbone: Path, objective: JointObjective, *, double_scale: bool) 
     objective = dataclasses.replace(objective, perceptual=perceptual)
     recon, moments = RECON.clone().requires_grad_(), LOSS_T["in.moments"].clone().requires_grad_()
     z = RUN_T["step0.z"].clone().requires_grad_()
-    loss, metrics = vae_loss(state(), X, DiagonalGaussian(moments), z, recon, batch(), draws(), objective)
+    # Labels are dropped in SiT's phase only: these marks must change nothing here.
+    loss, metrics = vae_loss(state(), X, DiagonalGaussian(moments), z, recon, batch(), draws(drop=True), objective)
     loss.backward()
     assert recon.grad is not None
     assert moments.grad is not None
