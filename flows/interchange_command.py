@@ -47,7 +47,7 @@ def export_published(artifact: str, file: str, checkpoint: str, store: str) -> N
     if stage == "extract-vae":
         files = {path.with_name(f"{path.stem}{suffix}.pt"): part for suffix, part in reference_vae_files(found).items()}
     else:
-        stats = measured_statistics(found) if stage == "train-repae" else None
+        stats = measured_statistics(found, checkpoint) if stage == "train-repae" else None
         files = {path: reference_checkpoint(found, checkpoint, latent_stats=stats)}
     for target, content in files.items():
         save_reference_checkpoint(content, target)

@@ -38,6 +38,15 @@ def load_latent_stats(artifact: Artifact) -> tuple[Tensor, Tensor]:
     return torch.tensor(stats["scale"], dtype=torch.float64), torch.tensor(stats["bias"], dtype=torch.float64)
 
 
+def unmeasured_stats(artifact: Artifact) -> dict[str, Any] | None:
+    """`latent_stats.json` of an extract-vae artifact if it was not measured (compat `ema_latent_stats`), else None.
+
+    Published latent-only training has no other statistics than these.
+    """
+    stats: dict[str, Any] = artifact.read_json("latent_stats.json")
+    return None if stats["images"] else stats
+
+
 def load_sit(artifact: Artifact, checkpoint: str = "last", weights: str = "ema") -> tuple[SiT, dict[str, Any]]:
     """SiT of a training artifact (`ema` or `raw` weights) and its checkpoint's record."""
     images_seen = resolve_checkpoint(artifact, checkpoint)

@@ -21,6 +21,7 @@ def cache_latents(run: PipelineRun) -> dict[str, Any]:
 
 def execute(context: StageContext) -> StageOutcome:
     """The stage's work."""
+    from repae_core.artifact_models import unmeasured_stats
     from repae_core.stages.cache_latents import require_space
 
     section = context.config.cache_latents
@@ -33,4 +34,5 @@ def execute(context: StageContext) -> StageOutcome:
         cpus_per_worker=section.cpus_per_worker,
         gpus_per_worker=section.gpus_per_worker,
     )
-    return StageOutcome(summary=work.writer.finish(), workers=section.workers)
+    given = unmeasured_stats(context.inputs["vae"])
+    return StageOutcome(summary=work.writer.finish(given), workers=section.workers)

@@ -167,9 +167,10 @@ class LatentWriter:
             features_flip=features_flip,
         )
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Write `latent_stats.json`, then `index.json`; returns the summary for the manifest.
 
+        given: contents of `latent_stats.json` in place of statistics of these latents.
         Statistics are merged in the order of the shards, so they do not depend on who wrote which shard.
         """
         sidecars = {k: self.artifact.read_json(latent_sidecar_name(k)) for k in self._filled()}
@@ -178,11 +179,12 @@ class LatentWriter:
         for sidecar in sidecars.values():
             assert sidecar["tensors"] == tensors
             statistics.merge(LatentStatistics.from_state(sidecar["statistics"]))
-        stats = {
+        measured = {
             "scale": statistics.scale().tolist(),
             "bias": statistics.bias().tolist(),
             "images": len(self.images),
         }
+        stats = dict(given or measured)
         self.artifact.write_json(STATS, stats)
         summary = {
             "num_images": len(self.images),

@@ -22,7 +22,8 @@ class EncoderSpec:
 
     architecture: timm's model name; hub: its weights' tag there, "" if timm's hub has none;
     dim: feature channels; patch: pixels; mean, std: of images in [0,1], one value a colour;
-    normalize_first: normalise, then resize, or the other way round; final_norm: features after the last norm.
+    normalize_first: normalise, then resize, or the other way round; final_norm: features after the last norm;
+    grid: tokens a side unless said otherwise, those of the images it is meant for (256 pixels; digits: 32).
     """
 
     architecture: str
@@ -33,12 +34,13 @@ class EncoderSpec:
     std: tuple[float, ...] = IMAGENET_DEFAULT_STD
     normalize_first: bool = True
     final_norm: bool = True
+    grid: int = 16
 
 
 _HALF = (0.5, 0.5, 0.5)
 
 ENCODERS = {
-    DIGITS_VIT: EncoderSpec("", "", VIT_DIM, VIT_PATCH, mean=_HALF, std=_HALF),
+    DIGITS_VIT: EncoderSpec("", "", VIT_DIM, VIT_PATCH, mean=_HALF, std=_HALF, grid=4),
     "dinov2-vit-b": EncoderSpec("vit_base_patch14_dinov2", "lvd142m", 768, 14),
     "dinov2-vit-l": EncoderSpec("vit_large_patch14_dinov2", "lvd142m", 1024, 14),
     "dinov2-vit-g": EncoderSpec("vit_giant_patch14_dinov2", "lvd142m", 1536, 14),

@@ -69,10 +69,11 @@ class FrozenEncoder(nn.Module):
 
 
 def build_encoder(
-    name: str, weights: str | None = None, *, grid: int, spatial_norm: float | None = None
+    name: str, weights: str | None = None, *, grid: int | None = None, spatial_norm: float | None = None
 ) -> FrozenEncoder:
     """The frozen encoder `name` for a grid of `grid` x `grid` tokens (SiT's grid side).
 
+    grid: None = 16, that of 256-pixel images in every published model (`digits-vit`: 4).
     weights: a local or remote safetensors or .pth file in timm's or the original authors' layout (DINO, DINOv2,
     MoCo v3, MAE, OpenAI CLIP, I-JEPA), `#sha256=<hex>` behind it if known. None: timm's hub, for `digits-vit` the
     committed file. The position table is resampled once, here. `.dim` and `.grid` give the features' shape.
@@ -81,9 +82,10 @@ def build_encoder(
     Raises:
         ValueError: unknown name, unreadable or unfitting weights, or no weights and no network.
     """
+    spec = encoder_spec(name)
+    grid = spec.grid if grid is None else grid
     if grid < 1:
         raise ValueError(f"encoder grid must be at least 1, not {grid}")
-    spec = encoder_spec(name)
     network = load_vision_transformer(name, spec, weights or None, grid=grid)
     if not spec.final_norm:
         network.norm = nn.Identity()

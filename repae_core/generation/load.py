@@ -7,8 +7,14 @@ from typing import Any
 
 from repae_core.artifact_models import load_latent_stats, load_sit, load_vae, open_artifact_uri
 from repae_core.artifacts import Artifact
+from repae_core.artifacts.checkpoints import FOLDER
 from repae_core.generation.generator import Generator, SamplerSettings
-from repae_core.interop import load_reference_checkpoint
+from repae_core.interop import (
+    ReferenceCheckpoint,
+    load_reference_checkpoint,
+    measured_statistics,
+    reference_checkpoint,
+)
 
 
 def build_generator(
@@ -25,32 +31,39 @@ def build_generator(
 def load_model(uri: str | Path, *, vae: str | Path | None = None, **settings: Any) -> Generator:
     """A trained model, ready to `.sample(labels, seed=...)` in a notebook.
 
-    uri: the folder of a `generate` or `train-ldm` artifact, or a published `.pt` checkpoint; vae: for a latent-only
-    `.pt`, the file of its VAE; settings: fields of SamplerSettings, e.g. guidance=2.0. A `generate` artifact brings its
-    own settings, checkpoint and weights, so that `sample(labels, seed=its seed)` gives its images again.
+    uri: the folder of a `generate`, `train-ldm` or `train-repae` artifact, of one checkpoint in these two
+    (`.../checkpoints/<images>`), or a published `.pt` checkpoint; vae: for a latent-only `.pt`, the file of its VAE;
+    settings: fields of SamplerSettings, e.g. guidance=2.0. A `generate` artifact brings its own settings, checkpoint
+    and weights, so that `sample(labels, seed=its seed)` gives its images again.
 
     Raises:
         ValueError: not a whole artifact of these stages, its inputs are not in the same store, or a `.pt` that is no
             checkpoint or needs a VAE.
     """
     if str(uri).endswith((".pt", ".pth")):
-        return _published_model(str(uri), vae, settings)
-    artifact = open_artifact_uri(uri)
+        return _published_model(load_reference_checkpoint(uri), vae, settings)
+    folder, _, images_seen = str(uri).rstrip("/").partition(f"/{FOLDER}/")
+    checkpoint = images_seen or "last"
+    artifact = open_artifact_uri(folder)
+    if artifact.stage == "train-repae":
+        stats = measured_statistics(artifact, checkpoint)
+        return _published_model(reference_checkpoint(artifact, checkpoint, latent_stats=stats), None, settings)
     if artifact.stage not in ("train-ldm", "generate"):
-        raise ValueError(f"{uri}: expected an artifact of train-ldm or generate, not of {artifact.stage}")
+        raise ValueError(f"{uri}: expected an artifact of train-repae, train-ldm or generate, not of {artifact.stage}")
     manifest = artifact.manifest()
     assert manifest is not None
     inputs = {role: Artifact(artifact.store, entry.stage, entry.fingerprint) for role, entry in manifest.inputs.items()}
     if artifact.stage == "train-ldm":
-        return build_generator(artifact, inputs["vae"], **settings)
+        return build_generator(artifact, inputs["vae"], checkpoint=checkpoint, **settings)
     sampler = artifact.read_json("samples.json")["sampler"]
     sampler["interval"] = tuple(sampler["interval"])
     chosen = {name: manifest.config["config"][name] for name in ("checkpoint", "weights")}
     return build_generator(inputs["model"], inputs["vae"], **chosen | sampler | settings)
 
 
-def _published_model(path: str, vae: str | Path | None, settings: dict[str, Any]) -> Generator:
-    checkpoint = load_reference_checkpoint(path)
+def _published_model(
+    checkpoint: ReferenceCheckpoint, vae: str | Path | None, settings: dict[str, Any]
+) -> Generator:
     decoder = checkpoint if vae is None else load_reference_checkpoint(vae)
     if decoder.vae is None:
         raise ValueError(f"{decoder.origin}: no VAE in it ({decoder.kind}); give the VAE's file as vae=")

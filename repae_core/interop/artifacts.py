@@ -93,14 +93,21 @@ def reference_vae_files(artifact: Artifact) -> dict[str, ReferenceCheckpoint]:
     }
 
 
-def measured_statistics(joint: Artifact) -> tuple[Tensor, Tensor] | None:
-    """(scale, bias) that an extract-vae of the same store measured on this joint artifact's VAE; None before it ran."""
+def measured_statistics(joint: Artifact, checkpoint: str = "last") -> tuple[Tensor, Tensor] | None:
+    """(scale, bias) of the newest extract-vae in the same store that took its VAE from this checkpoint; None without.
+
+    checkpoint: `last` or images seen.
+    """
+    seen = resolve_checkpoint(joint, checkpoint)
+    found = {}
     for name in joint.store.folders("extract-vae"):
         extracted = Artifact(joint.store, "extract-vae", name)
         manifest = extracted.manifest()
-        if manifest is not None and manifest.inputs["model"].fingerprint == joint.fingerprint:
-            return load_latent_stats(extracted)
-    return None
+        if manifest is None or manifest.inputs["model"].fingerprint != joint.fingerprint:
+            continue
+        if manifest.summary["images_seen"] == seen:
+            found[manifest.finished_at] = extracted
+    return load_latent_stats(found[max(found)]) if found else None
 
 
 def import_checkpoint(path: str, store: Store, *, trainable_pos_embed: bool = False) -> Artifact:

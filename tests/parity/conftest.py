@@ -44,28 +44,28 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def _measured(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Note each comparison's largest difference, and the share of its tolerance that it takes."""
+    """Note the largest difference of the comparisons that hold, and the share of the tolerance that it takes."""
     compare = torch.testing.assert_close
-    seen = [0.0, 0.0]
+    seen: list[tuple[float, float]] = []
 
     def measured(actual: Any, expected: Any, *, rtol: float = 1.3e-6, atol: float = 1e-5, **others: Any) -> None:
-        a, e = (torch.as_tensor(value).detach().double() for value in (actual, expected))
-        if a.shape == e.shape and a.numel():
-            seen[0] = max(seen[0], float((a - e).abs().max()))
-            seen[1] = max(seen[1], float(((a - e).abs() / (atol + rtol * e.abs())).max()))
         compare(actual, expected, rtol=rtol, atol=atol, **others)
+        a, e = (torch.as_tensor(value).detach().double() for value in (actual, expected))
+        if a.numel():
+            share = (a - e).abs() / (atol + rtol * e.abs()).clamp(min=torch.finfo(torch.float64).tiny)
+            seen.append((float((a - e).abs().max()), float(share.max())))
 
     if request.config.getoption("--differences"):
         monkeypatch.setattr(torch.testing, "assert_close", measured)
     yield
-    name = f"{request.path.name}::{request.node.originalname}"
-    largest = request.config.stash[_LARGEST].setdefault(name, [0.0, 0.0])
-    largest[:] = [max(pair) for pair in zip(largest, seen, strict=True)]
+    if seen:
+        name = f"{request.path.name}::{request.node.originalname}"
+        largest = request.config.stash[_LARGEST].setdefault(name, [0.0, 0.0])
+        largest[:] = [max(values) for values in zip(largest, *seen, strict=True)]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     if config.getoption("--differences"):
         terminalreporter.section("largest difference, and its share of the tolerance")
         for name, (difference, share) in config.stash[_LARGEST].items():
-            if difference:
-                terminalreporter.write_line(f"{difference:9.1e}  {share:7.2%}  {name}")
+            terminalreporter.write_line(f"{difference:9.1e}  {share:7.2%}  {name}")

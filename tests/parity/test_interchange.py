@@ -1,4 +1,9 @@
-"""Our weights in other people's code: a second SiT on timm's modules, and diffusers' AutoencoderKL."""
+"""Filled weights in other people's code: a second SiT on timm's modules, and diffusers' AutoencoderKL.
+
+Those that a pipeline trained: tests/flows/test_published_interchange.py.
+"""
+
+import argparse
 
 import pytest
 import torch
@@ -37,7 +42,8 @@ def published(request, tmp_path_factory):
 def test_the_same_images_elsewhere(published):
     """Strictly loaded; the published sampling and inverse give our latents (1e-5) and our pixels (one level)."""
     folder, z_dims = published
-    content = torch.load(folder / "joint.pt", weights_only=False)  # as other people's code reads it
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        content = torch.load(folder / "joint.pt", weights_only=True)
     theirs = IndependentSiT(
         side=8, patch=2, channels=4, width=128, depth=4, heads=4, classes=10, z_dims=z_dims, projector_dim=64
     )

@@ -76,7 +76,8 @@ def gradients(backbone: Path, objective: JointObjective, *, double_scale: bool) 
     objective = dataclasses.replace(objective, perceptual=perceptual)
     recon, moments = RECON.clone().requires_grad_(), LOSS_T["in.moments"].clone().requires_grad_()
     z = RUN_T["step0.z"].clone().requires_grad_()
-    loss, metrics = vae_loss(state(), X, DiagonalGaussian(moments), z, recon, batch(), draws(), objective)
+    # Labels are dropped in SiT's phase only: these marks must change nothing here.
+    loss, metrics = vae_loss(state(), X, DiagonalGaussian(moments), z, recon, batch(), draws(drop=True), objective)
     loss.backward()
     assert recon.grad is not None
     assert moments.grad is not None
@@ -210,6 +211,17 @@ def test_published_weights_are_the_defaults() -> None:
     assert rates == (1e-4, 1e-4, 1e-4)
     assert (config.adam_beta1, config.adam_beta2, config.adam_epsilon, config.weight_decay) == (0.9, 0.999, 1e-8, 0)
     assert (config.batch_size, config.encoder_depth, config.class_dropout_prob) == (256, 8, 0.1)
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_the_lpips_switch_reaches_the_network(backbone: Path, published: bool) -> None:
+    """compat `lpips_double_scale`, on both sides, from the config to the loss."""
+    config = load_config("imagenet256-sdvae", [f"train_repae.perceptual_weights={backbone}"]).train_repae
+    objective = joint_objective(config, CompatConfig(lpips_double_scale=published), torch.device("cpu"))
+    assert objective.perceptual is not None
+    name = "package_lpips_on_2x_minus_1_of_minus1_1_images" if published else "package_lpips_on_minus1_1_images"
+    with torch.no_grad():
+        torch.testing.assert_close(objective.perceptual(RECON, X), torch.tensor(LPIPS_J[name]), rtol=1e-5, atol=0)
 
 
 def test_configured_weights_reach_the_objective() -> None:

@@ -48,6 +48,18 @@ def test_end_point_and_calls(case):
         assert [t for _, t in field.calls] == pytest.approx([t for _, t in J["calls"][case]], abs=1e-6)
 
 
+@pytest.mark.parametrize("sample", [ode_sample, sde_sample])
+def test_the_state_is_double_from_the_start(sample):
+    """Digits of float64 noise that float32 does not hold arrive at the end."""
+    ends = []
+    for start in (T["in.latents"].double() + 1e-9, T["in.latents"].double()):
+        draws = {"generator": torch.Generator().manual_seed(0)} if sample is sde_sample else {}
+        ends.append(sample(ToyField(), start, torch.tensor(J["y"]), steps=4, null_class=NULL, **draws))
+    difference = (ends[0] - ends[1]).abs()
+    assert difference.min() > 1e-11
+    assert difference.max() < 1e-7
+
+
 def test_sde_draws():
     """One float64 draw a step but the last, in order."""
     generator = torch.Generator().manual_seed(J["torch_manual_seed"])

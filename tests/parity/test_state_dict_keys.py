@@ -1,12 +1,13 @@
 """State dicts carry the field's names and shapes, so that published weights load strictly."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 from parity.fill import scalars
 
-from repae_core.config.architectures import SIT_SIZES
 from repae_core.models import build_discriminator, build_sit, build_vae
 
 KEYS = scalars("state_dict_keys")
@@ -41,18 +42,11 @@ def listed_counts(name):
     return {key: KEYS[name][key] for key in counts_of(torch.nn.Module())}
 
 
-def sit_on_meta(name, **options):
-    c = KEYS[name]["constructor"]
+def sit_on_meta(name, *, like=None, **options):
+    listed = KEYS[like or name]["constructor"]
+    names = ("input_size", "in_channels", "num_classes", "z_dims", "encoder_depth")
     with torch.device("meta"):
-        return build_sit(
-            name,
-            input_size=c["input_size"],
-            in_channels=c["in_channels"],
-            num_classes=c["num_classes"],
-            z_dims=c["z_dims"],
-            encoder_depth=c["encoder_depth"],
-            **options,
-        )
+        return build_sit(name, **{key: listed[key] for key in names} | options)
 
 
 SIT_NAMES = [k for k in KEYS if k.startswith("SiT")]
@@ -83,16 +77,51 @@ def test_keys_that_qk_norm_adds(name):
     assert {key: shape for key, shape in normed.items() if key not in plain} == expected_extra
 
 
-@pytest.mark.parametrize("size", SIT_SIZES)
-@pytest.mark.parametrize("patch", [1, 2, 4, 8])
-def test_every_name_builds(size, patch):
-    with torch.device("meta"):
-        model = build_sit(
-            f"SiT-{size}/{patch}", input_size=32, in_channels=4, num_classes=10, z_dims=[768], encoder_depth=2
-        )
-    width = SIT_SIZES[size].hidden_size
-    assert model.pos_embed.shape == (1, (32 // patch) ** 2, width)
-    assert model.final_layer.linear.weight.shape == (patch * patch * 4, width)
+SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}  # system.md section 4
+
+
+@pytest.mark.parametrize(("size", "listed"), [("S", "B/2"), ("B", "B/2"), ("L", "L/2"), ("XL", "XL/2")])
+@pytest.mark.parametrize(("patch", "side", "channels"), [(1, 16, 32), (2, 32, 4), (4, 32, 4), (8, 32, 4)])
+def test_every_name_follows_the_rule(size, listed, patch, side, channels):
+    """Widths scale with the size; the patch only changes the embedding, the position table and the last layer."""
+    depth, width, heads = SIZES[size]
+    model = sit_on_meta(f"SiT-{size}/{patch}", like=f"SiT-{listed}", input_size=side, in_channels=channels)
+    reference = SIZES[listed.split("/")[0]][1]
+    scaled = {
+        key: tuple(value // reference * width if value % reference == 0 else value for value in shape)
+        for key, shape in expected(f"SiT-{listed}").items()
+    }
+    z_dim, hidden = 768, 2048  # of the projector; 768 is also the width of B
+    scaled["projectors.0.4.weight"], scaled["projectors.0.4.bias"] = (z_dim, hidden), (z_dim,)
+    scaled |= {
+        "pos_embed": (1, (side // patch) ** 2, width),
+        "x_embedder.proj.weight": (width, channels, patch, patch),
+        "final_layer.linear.weight": (patch * patch * channels, width),
+        "final_layer.linear.bias": (patch * patch * channels,),
+        "bn.running_mean": (channels,),
+        "bn.running_var": (channels,),
+    }
+    assert shapes_of(model) == scaled
+    assert len(model.blocks) == depth
+    assert {block.attn.num_heads for block in model.blocks} == {heads}
+
+
+FORWARD = """
+import resource, torch
+from repae_core.models import build_sit
+sit = build_sit("SiT-B/1", input_size=16, in_channels=32, num_classes=1000, z_dims=(768,), encoder_depth=8).eval()
+with torch.no_grad():
+    x = torch.randn(1, 32, 16, 16)
+    velocity, (projection,) = sit(x, torch.rand(1), torch.tensor([3]), with_projections=True)
+assert velocity.shape == x.shape and projection.shape == (1, 256, 768)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+
+
+def test_memory_of_sit_b_on_f16d32_latents():
+    """SiT-B/1 at 256 pixels: the whole process within 6 GiB (about 1.1)."""
+    done = subprocess.run([sys.executable, "-c", FORWARD], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 6
 
 
 @pytest.mark.parametrize("name", ["f8d4", "f16d32"])

@@ -83,6 +83,19 @@ def joint_draws(i: int) -> tuple[Batch, Draws]:
     return batch, Draws(T["in.posterior_noise"][i], t, T["in.noises"][i], no_drop)
 
 
+def latent_only_state() -> LDMState:
+    sit = filled_sit(LDM_J["settings"]["sit"], LDM_T)
+    return LDMState(group=open_group(), sit=network(sit), ema=moving_average(sit))
+
+
+def latent_only_draws(i: int) -> tuple[Batch, Draws]:
+    mean, std = LDM_T["in.latents_mean_std"][i].chunk(2, dim=1)
+    z = mean + std * LDM_T["in.posterior_noise"][i]
+    batch = Batch(LDM_T["in.labels"][i], [LDM_T["in.zs.0"][i], LDM_T["in.zs.1"][i]], latents=z)
+    t, no_drop = LDM_T["in.time_input"][i].flatten(), torch.zeros(3, dtype=torch.bool)
+    return batch, Draws(LDM_T["in.posterior_noise"][i], t, LDM_T["in.noises"][i], no_drop)
+
+
 @pytest.mark.parametrize("trainable_pos_embed", [True, False])
 def test_joint_steps(trainable_pos_embed: bool) -> None:
     """Every loss, norm and statistic of five steps, and what the final networks compute.
@@ -209,15 +222,10 @@ def test_first_joint_step_in_detail() -> None:
 
 def test_latent_only_steps() -> None:
     """Five steps on cached posteriors: losses, norms, the fixed statistics and table, and the final networks."""
-    sit = filled_sit(LDM_J["settings"]["sit"], LDM_T)
-    state = LDMState(group=open_group(), sit=network(sit), ema=moving_average(sit))
+    state = latent_only_state()
+    sit = state.sit.module
     for i in range(5):
-        mean, std = LDM_T["in.latents_mean_std"][i].chunk(2, dim=1)
-        z = mean + std * LDM_T["in.posterior_noise"][i]
-        batch = Batch(LDM_T["in.labels"][i], [LDM_T["in.zs.0"][i], LDM_T["in.zs.1"][i]], latents=z)
-        t, no_drop = LDM_T["in.time_input"][i].flatten(), torch.zeros(3, dtype=torch.bool)
-        draws = Draws(LDM_T["in.posterior_noise"][i], t, LDM_T["in.noises"][i], no_drop)
-        metrics = ldm_step(state, batch, draws, FlowObjective(Interpolant("linear")))
+        metrics = ldm_step(state, *latent_only_draws(i), FlowObjective(Interpolant("linear")))
         for name in ("flow_loss", "align_loss", "sit_loss", "grad_norm_sit"):
             same(metrics[name], LDM_J["steps"][i][NAMES[name]], i, name)
     before = filled_sit(LDM_J["settings"]["sit"], LDM_T)
@@ -229,6 +237,24 @@ def test_latent_only_steps() -> None:
     with torch.no_grad():
         same(sit.eval()(*probe), LDM_T["final.probe.sit_inference"], 4, "SiT")
         same(state.ema(*probe), LDM_T["final.probe.ema_inference"], 4, "EMA")
+
+
+@pytest.mark.parametrize("loop", ["joint", "latent-only"])
+def test_the_moving_average_follows_every_step(loop: str) -> None:
+    """e += (1-d)(p-e) of the weights after the step; the runs' own decay of 0.9999 moves it by less than rounding."""
+    state = joint_state(trainable_pos_embed=True, rounding_seed=0) if loop == "joint" else latent_only_state()
+    for i in range(2):
+        before = {name: value.clone() for name, value in state.ema.state_dict().items()}
+        if loop == "joint":
+            repae_step(state, *joint_draws(i), JointObjective(Interpolant("linear"), ema_decay=0.7))
+        else:
+            ldm_step(state, *latent_only_draws(i), FlowObjective(Interpolant("linear"), ema_decay=0.7))
+        after, raw = state.ema.state_dict(), state.sit.module.state_dict()
+        for name, value in before.items():
+            expected = value + 0.3 * (raw[name] - value) if value.is_floating_point() else raw[name]
+            torch.testing.assert_close(after[name], expected, rtol=1e-6, atol=1e-7)
+        assert any(not torch.equal(after[name], raw[name]) for name in raw)
+        assert not torch.equal(after["final_layer.linear.weight"], before["final_layer.linear.weight"])
 
 
 @pytest.mark.parametrize("step", range(5))

@@ -1,9 +1,12 @@
 """Local copies of remote weights files."""
 
 import hashlib
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from subprocess import PIPE
 
 import fsspec
 import pytest
@@ -52,6 +55,41 @@ def test_one_downloads_the_others_wait(remote, home, monkeypatch):
     with fsspec.open(remote, "wb") as file:
         file.write(b"other")
     assert Path(local_copy(remote)).read_bytes() == b"other"
+
+
+SLOW_SERVER = """
+import functools, http.server, sys, time
+class Handler(http.server.SimpleHTTPRequestHandler):
+    def do_GET(self):
+        time.sleep(1)  # the others come while the first is still downloading
+        super().do_GET()
+    def log_message(self, *args):
+        if self.command == "GET":
+            print(self.path, file=sys.stderr, flush=True)
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=sys.argv[1]))
+print(server.server_port, flush=True)
+server.serve_forever()
+"""
+FETCH = "import sys; from repae_core.remote_files import local_copy; print(local_copy(sys.argv[1]))"
+
+
+def test_one_process_downloads_the_others_wait(home, tmp_path):
+    """Three processes ask an HTTP server for the same file at once; it is sent once, and all get the whole of it."""
+    (tmp_path / "served").mkdir()
+    (tmp_path / "served" / "net.pth").write_bytes(CONTENT)
+    served = subprocess.Popen(
+        [sys.executable, "-c", SLOW_SERVER, str(tmp_path / "served")], stdout=PIPE, stderr=PIPE, text=True
+    )
+    try:
+        url = f"http://127.0.0.1:{served.stdout.readline().strip()}/net.pth#sha256={DIGEST}"
+        asking = [subprocess.Popen([sys.executable, "-c", FETCH, url], stdout=PIPE, text=True) for _ in range(3)]
+        copies = {process.communicate()[0].strip() for process in asking}
+        assert [process.returncode for process in asking] == [0, 0, 0]
+    finally:
+        served.terminate()
+    assert served.communicate()[1].split() == ["/net.pth"]
+    assert Path(copies.pop()).read_bytes() == CONTENT
+    assert not copies
 
 
 def test_a_broken_download_leaves_nothing_that_looks_finished(remote, home, monkeypatch):

@@ -112,7 +112,7 @@ def test_an_imported_checkpoint_continues_like_its_own(trained, images, tmp_path
         run = JointRun(config, images, folder, open_group())
         load_checkpoint(source, seen, run.state)
         draws = run.draws(np.arange(48, 56))
-        run.step(6, (run.batch(np.arange(8), draws, 6), draws))
+        run.step(6, (run.batch(run.read(np.arange(8), None), draws, 6), draws))
         states.append(
             {k: v for network in run.state.networks().values() for k, v in network.module.state_dict().items()}
         )
