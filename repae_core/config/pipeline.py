@@ -51,7 +51,9 @@ class CompatConfig(Config):
 
     lpips_double_scale: bool = _switch("LPIPS inputs mapped by 2x-1 once more", "train-repae")
     trainable_pos_embed: bool = _switch("SiT's position table is trained in the joint loop", "train-repae")
-    ema_latent_stats: bool = _switch("Latent statistics of extract-vae, and so of latent training, = EMA of running statistics", "extract-vae")
+    ema_latent_stats: bool = _switch(
+        "Latent statistics of extract-vae, and so of latent training, = EMA of running statistics", "extract-vae"
+    )
     bn_inverse_without_eps: bool = _switch("Denormalise latents without the norm's eps", "generate")
     random_labels: bool = _switch("Generate with random labels, whatever generate.labels says", "generate")
 

@@ -61,9 +61,7 @@ def load_model(uri: str | Path, *, vae: str | Path | None = None, **settings: An
     return build_generator(inputs["model"], inputs["vae"], **chosen | sampler | settings)
 
 
-def _published_model(
-    checkpoint: ReferenceCheckpoint, vae: str | Path | None, settings: dict[str, Any]
-) -> Generator:
+def _published_model(checkpoint: ReferenceCheckpoint, vae: str | Path | None, settings: dict[str, Any]) -> Generator:
     decoder = checkpoint if vae is None else load_reference_checkpoint(vae)
     if decoder.vae is None:
         raise ValueError(f"{decoder.origin}: no VAE in it ({decoder.kind}); give the VAE's file as vae=")

@@ -47,7 +47,9 @@ if group.rank == 0:
 group.barrier()
 group.accelerator.end_training()
 """
-SYNCED = ("train_repae.sync_discriminator_norm=true",)
+# At the published rates: Adam turns the sign of gradients that are zero but for rounding into whole steps.
+RATES = tuple(f"train_repae.{name}learning_rate=1e-4" for name in ("", "vae_", "disc_"))
+SYNCED = ("train_repae.sync_discriminator_norm=true", *RATES)
 # The discriminator's batch norm sees micro-batches: nothing of it may reach the others, and it is not compared.
 WITHOUT_GAN = ("train_repae.discriminator_weight=0",)
 OF_DISCRIMINATOR = {"gan_loss", "disc_loss", "logits_real", "logits_fake", "grad_norm_discriminator"}

@@ -13,7 +13,7 @@ from repae_core.artifacts import Artifact, Store
 from repae_core.artifacts.checkpoints import committed_checkpoints
 from repae_core.data import ImageShards, open_source, preprocess_images
 from repae_core.models import build_vae
-from repae_core.stages.cache_latents import cache_latents
+from repae_core.stages.cache_latents import plan_latents, write_missing_latents
 
 BATCH = 12
 STEPS = [f"{stage}.{field}" for stage in ("train_repae", "train_ldm") for field in (
@@ -70,11 +70,10 @@ def store(tmp_path_factory) -> Store:
     preprocess_images(source, Artifact(store, "preprocess", "x"), resolution=32, images_per_shard=16, seed=0)
     torch.manual_seed(0)
     vae = build_vae(tiny.config("digits", root).train_repae.vae.architecture()).eval()
-    cache_latents(
-        vae, ImageShards(Artifact(store, "preprocess", "x")), Artifact(store, "cache-latents", "x"), dtype="float32",
-        flip=False, encoders=("digits-vit",), encoder_weights=(), encoder_grid=None, patch_size=2, spatial_norm=None,
-        batch_size=16, progress=lambda done, total: None,
-    )  # fmt: skip
+    images, out = ImageShards(Artifact(store, "preprocess", "x")), Artifact(store, "cache-latents", "x")
+    work = plan_latents(vae, images, out, dtype="float32", flip=False, encoders=("digits-vit",), patch_size=2)
+    write_missing_latents(work, batch_size=16, progress=lambda done, total: None)
+    work.writer.finish()
     return store
 
 

@@ -22,7 +22,7 @@ from repae_core.training.assembly import joint_objective, moving_average
 from repae_core.training.distributed import open_group
 from repae_core.training.draws import Draws
 from repae_core.training.optim import Network
-from repae_core.training.repae_step import autoencoder_loss, discriminator_phase, sit_loss, vae_loss
+from repae_core.training.repae_step import autoencoder_loss, discriminator_loss, sit_phase, vae_loss
 from repae_core.training.state import Batch, FlowObjective, JointObjective, JointState
 
 LPIPS_T, LPIPS_J = tensors("lpips"), scalars("lpips")
@@ -151,7 +151,8 @@ def test_discriminator_before_its_start(backbone: Path) -> None:
     expected = torch.sign(RECON - X) / X.numel() + LPIPS_T["grad_of_mean_wrt_reconstructions"]
     torch.testing.assert_close(found["recon.grad"], expected, rtol=1e-4, atol=1e-8)
     waiting = state()
-    discriminator_phase(waiting, X, RECON, objective)
+    loss, _ = discriminator_loss(waiting, X, RECON, objective)
+    waiting.discriminator.backward(loss)
     assert all(p.grad is None or not p.grad.any() for p in waiting.discriminator.parameters())
 
 
@@ -162,7 +163,8 @@ def test_lecam_in_the_discriminator_phase() -> None:
     objective = JointObjective(Interpolant("linear"), lecam_weight=settings["weight"])
     twin, averages = fill(build_discriminator()).train(), (0.0, 0.0)
     for call in settings["calls"]:
-        found = discriminator_phase(joint, LOSS_T["in.images"], LOSS_T["in.reconstructions"], objective)
+        loss, found = discriminator_loss(joint, LOSS_T["in.images"], LOSS_T["in.reconstructions"], objective)
+        joint.discriminator.backward(loss)
         lecam = settings["weight"] * found["lecam_loss"]
         assert lecam.item() == pytest.approx(call["lecam_loss"], rel=1e-5)
         assert (found["disc_loss"] + lecam).item() == pytest.approx(call["discriminator_loss"], rel=1e-5)
@@ -182,7 +184,7 @@ def test_sit_loss(coefficient: float, train_norm: bool) -> None:
     """Flow matching and weighted alignment on the same noisy latents; dropped labels are the null class."""
     objective = FlowObjective(Interpolant("linear"), proj_coeff=coefficient)
     z, twin = RUN_T["step0.z"], state().sit.module
-    loss, _ = sit_loss(state(), z, batch(), draws(drop=True), objective, train_norm=train_norm)
+    loss = sit_phase(state(), [(batch(), draws(drop=True))], z, objective, train_norm=train_norm)["sit_loss"]
     twin.bn.train(train_norm)
     zbar, t, noise = twin.bn(z), draws().t.view(-1, 1, 1, 1), draws().noise
     null = torch.full((2,), twin.num_classes)

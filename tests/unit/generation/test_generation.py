@@ -89,5 +89,7 @@ def test_loading_what_is_not_a_model(tmp_path):
         open_artifact_uri("abc")
     other = Artifact(Store(str(tmp_path)), "preprocess", "abc")
     other.commit(version=1, config={}, inputs={}, started_at="", seconds=0)
-    with pytest.raises(ValueError, match="expected an artifact of train-repae, train-ldm or generate, not of preprocess"):
+    with pytest.raises(
+        ValueError, match="expected an artifact of train-repae, train-ldm or generate, not of preprocess"
+    ):
         load_model(other.uri)

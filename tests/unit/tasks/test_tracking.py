@@ -11,7 +11,7 @@ def artifact(tmp_path):
 
 def log(run, positions):
     for images in positions:
-        run.log_metrics({"loss": 1.0 / images, "images_per_second": 5.0}, images)
+        run.log_metrics({"sit_loss": 1.0 / images, "images_per_second": 5.0}, images)
         run.flush()
 
 
@@ -24,7 +24,7 @@ def test_a_resumed_run_continues_its_metrics(home, artifact):
         with tracker.stage_run("train-ldm", artifact, run.run_id) as again:
             log(again, (10, 20, 30))
     assert again.run_id == run.run_id
-    history = tracker.client.get_metric_history(run.run_id, "loss")
+    history = tracker.client.get_metric_history(run.run_id, "sit_loss")
     assert [m.step for m in history] == [10, 20, 30]
     assert tracker.client.get_run(run.run_id).info.status == "FINISHED"
     assert tracker.client.get_run(parent).info.status == "FINISHED"
