@@ -47,3 +47,6 @@ def test_logvar_is_clamped():
     posterior = DiagonalGaussian(T["clamp.in.moments"])
     close(posterior.logvar, T["clamp.logvar"])
     torch.testing.assert_close(posterior.var, T["clamp.var"], rtol=1e-6, atol=0)
+    mirrored = DiagonalGaussian(-T["clamp.in.moments"])  # the stored ramp stays above the lower bound
+    close(mirrored.logvar, (-T["clamp.in.moments"]).chunk(2, dim=1)[1].clamp(-30, 20))
+    assert mirrored.logvar.min() == -30
