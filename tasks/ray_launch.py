@@ -9,17 +9,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import signal
 import socket
 import tempfile
-import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 from repae_core.config.environment import repae_home
+from tasks.interruptible import interruptible, signal_handlers_kept
 
 Report = Callable[[dict[str, Any]], None]
 Worker = Callable[[dict[str, Any], Report], dict[str, Any]]  # (payload, report) -> result of rank 0
@@ -73,7 +72,7 @@ class RaySession:
         given = os.environ.get("RAY_ADDRESS")
         if given:
             _probe(given)
-        with _signal_handlers_kept():
+        with signal_handlers_kept():
             context: Any = ray.init(
                 address=given,
                 include_dashboard=None if given else False,
@@ -101,7 +100,7 @@ class RaySession:
         if self.address is not None:
             import ray
 
-            with _signal_handlers_kept():
+            with signal_handlers_kept():
                 ray.shutdown()
             self.address = None
 
@@ -168,7 +167,7 @@ def _fit(
             {"worker": worker, "payload": payload, "mailbox": mailbox}, scratch, workers=workers, cpus=cpus, gpus=gpus
         )
         try:
-            result = _interruptible(trainer.fit, meanwhile=deliver)
+            result = interruptible(trainer.fit, meanwhile=deliver)
             deliver()
         except Exception as error:
             with contextlib.suppress(Exception):  # the cluster may be gone
@@ -241,27 +240,6 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _interruptible(fit: Callable[[], Any], *, meanwhile: Callable[[], None], poll: float = 0.5) -> Any:
-    """`fit` in a thread, so that Prefect's SIGTERM reaches the main thread and Ray installs no handlers."""
-    box: dict[str, Any] = {}
-    done = threading.Event()
-
-    def run() -> None:
-        try:
-            box["result"] = fit()
-        except BaseException as error:
-            box["error"] = error
-        finally:
-            done.set()
-
-    threading.Thread(target=run, daemon=True, name="ray-train-fit").start()
-    while not done.wait(poll):
-        meanwhile()
-    if "error" in box:
-        raise box["error"]
-    return box["result"]
-
-
 def _root_cause(error: BaseException) -> str:
     """The line that says what went wrong in the first failed worker."""
     failures = getattr(error, "worker_failures", None)
@@ -272,20 +250,6 @@ def _root_cause(error: BaseException) -> str:
         cause = nested
     lines = [line for line in str(cause).strip().splitlines() if line.strip()]
     return lines[-1].strip() if lines else type(cause).__name__
-
-
-@contextlib.contextmanager
-def _signal_handlers_kept() -> Iterator[None]:
-    """Ray replaces the SIGTERM handler, and a cancel by Prefect would look like a crash."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    kept = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
 
 
 def _private_cluster(cpus: int) -> dict[str, Any]:
