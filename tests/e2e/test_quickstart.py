@@ -16,7 +16,7 @@ from repae_core.config import STAGES
 SHORT = [
     "train_repae.vae_warmup_steps=80",
     "train_repae.max_steps=60",
-    "train_ldm.max_steps=300",
+    "train_ldm.max_steps=450",
     "generate.num_images=200",
     "generate.steps=20",
     "evaluate.vae_images=200",
