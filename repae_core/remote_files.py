@@ -58,12 +58,17 @@ def sha256_of(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def downloads_folder() -> Path:
+    """REPAE_HOME/downloads, made if missing."""
+    folder = repae_home() / "downloads"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 def _download(url: str) -> str:
     filesystem, remote = fsspec.core.url_to_fs(url)
     key = hashlib.sha256(f"{url} {filesystem.ukey(remote)}".encode()).hexdigest()[:16]
-    folder = repae_home() / "downloads"
-    folder.mkdir(exist_ok=True)
-    target = folder / f"{key}-{Path(remote).name}"
+    target = downloads_folder() / f"{key}-{Path(remote).name}"
     with FileLock(f"{target}.lock"):
         if not target.exists():
             partial = f"{target}.partial"

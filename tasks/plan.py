@@ -15,7 +15,7 @@ VERSIONS = {
     "preprocess": 2,
     "train-repae": 2,
     "extract-vae": 1,
-    "cache-latents": 2,
+    "cache-latents": 3,
     "train-ldm": 2,
     "generate": 1,
     "evaluate": 1,

@@ -95,7 +95,6 @@ def latent_work(config: PipelineConfig, inputs: Mapping[str, Artifact], out: Art
         encoder_weights=section.encoder_weights,
         encoder_grid=section.encoder_grid,
         patch_size=config.train_ldm.patch_size,
-        spatial_norm=config.train_ldm.spatial_norm,
     )
 
 

@@ -42,8 +42,9 @@ def load_model(uri: str | Path, *, vae: str | Path | None = None, **settings: An
     """
     if str(uri).endswith((".pt", ".pth")):
         return _published_model(load_reference_checkpoint(uri), vae, settings)
-    folder, _, images_seen = str(uri).rstrip("/").partition(f"/{FOLDER}/")
-    checkpoint = images_seen or "last"
+    folder, checkpoint = str(uri).rstrip("/"), "last"
+    if folder.rpartition("/")[0].endswith(f"/{FOLDER}"):
+        folder, _, checkpoint = folder.rsplit("/", 2)
     artifact = open_artifact_uri(folder)
     if artifact.stage == "train-repae":
         stats = measured_statistics(artifact, checkpoint)

@@ -8,11 +8,13 @@ from typing import NamedTuple, Self
 import lpips
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from lpips.lpips import ScalingLayer
 from torch import Tensor, nn
 from torchvision.models import AlexNet_Weights, VGG16_Weights, WeightsEnum
 
 from repae_core.digits.networks import DigitCNN, load_digit_perceptual
+from repae_core.remote_files import downloads_folder
 from repae_core.weights import load_weights, read_state_dict
 
 
@@ -125,9 +127,10 @@ def _lpips_network(name: str, state: dict[str, Tensor], origin: str) -> nn.Modul
 
 def _download(name: str) -> dict[str, Tensor]:
     try:
-        state: dict[str, Tensor] = _BACKBONES[name].hub.get_state_dict(
-            progress=False, check_hash=True, weights_only=True, map_location="cpu"
-        )
+        with FileLock(downloads_folder() / f"{name}.lock"):  # torch's own cache: one downloads, the others wait
+            state: dict[str, Tensor] = _BACKBONES[name].hub.get_state_dict(
+                progress=False, check_hash=True, weights_only=True, map_location="cpu"
+            )
     except OSError as error:
         url = _BACKBONES[name].hub.url
         raise ValueError(

@@ -30,7 +30,6 @@ class LatentWork:
     images: ImageShards
     writer: LatentWriter
     encoder_weights: Sequence[str]
-    spatial_norm: float | None
 
 
 def plan_latents(
@@ -44,7 +43,6 @@ def plan_latents(
     encoder_weights: Sequence[str] = (),
     encoder_grid: int | None = None,
     patch_size: int = 1,
-    spatial_norm: float | None = None,
 ) -> LatentWork:
     """What is to be encoded, the same in every worker.
 
@@ -52,7 +50,7 @@ def plan_latents(
     """
     grid = encoder_grid or images.resolution // vae.downsample_factor // patch_size
     writer = LatentWriter(out, images, dtype=dtype, flip=flip, encoders=encoders, encoder_grid=grid)
-    return LatentWork(vae, images, writer, encoder_weights or ("",) * len(encoders), spatial_norm)
+    return LatentWork(vae, images, writer, encoder_weights or ("",) * len(encoders))
 
 
 def cache_size(work: LatentWork) -> dict[str, int]:
@@ -120,7 +118,7 @@ def write_missing_latents(
     device = device or torch.device("cpu")
     vae, images, writer = work.vae.to(device), work.images, work.writer
     networks = [
-        build_encoder(name, path, grid=writer.encoder_grid or 0, spatial_norm=work.spatial_norm).to(device)
+        build_encoder(name, path, grid=writer.encoder_grid or 0).to(device)
         for name, path in zip(writer.encoders, work.encoder_weights, strict=True)
     ]
     missing = writer.missing()

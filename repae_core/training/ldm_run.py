@@ -13,6 +13,7 @@ from torch import Tensor
 from repae_core.artifacts import Artifact
 from repae_core.config import PipelineConfig, TrainingConfig
 from repae_core.data import DataOrder, ImageShards, LatentShards
+from repae_core.encoders import spatial_normalize
 from repae_core.models import KLVAE
 from repae_core.training.assembly import Encoders, flow_objective, new_ldm_state, new_sit
 from repae_core.training.distributed import Group
@@ -66,6 +67,8 @@ class LDMRun(TrainingRun):
         z = item.mean.to(device) + item.std.to(device) * draws.posterior_noise
         if self.encoders is None:
             features = [f.to(device) for f in item.features]
+            if self.section.spatial_norm is not None:  # the cache holds features as the encoder gives them
+                features = [spatial_normalize(f.float(), self.section.spatial_norm) for f in features]
         else:
             assert item.images is not None
             features = self.encoders(item.images.to(device))

@@ -65,6 +65,14 @@ def test_features_are_those_of_timm_itself(vit_tiny):
     torch.testing.assert_close(encoder(pixels), expected)
 
 
+def test_default_grid(vit_tiny, images):
+    """Without a grid: that of 256-pixel images, or the digits' own."""
+    assert build_encoder("digits-vit")(images).shape[:2] == (8, 16)
+    assert build_encoder(TIMM, weights=vit_tiny)(torch.zeros(1, 3, 256, 256, dtype=torch.uint8)).shape == (1, 256, 192)
+    with pytest.raises(ValueError, match="grid must be at least 1, not 0"):
+        build_encoder("digits-vit", grid=0)
+
+
 def test_other_grids_resample_positions(vit_tiny, images):
     encoder = build_encoder(TIMM, vit_tiny, grid=8)
     assert encoder.prepare(images).shape == (8, 3, 128, 128)

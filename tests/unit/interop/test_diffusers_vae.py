@@ -15,10 +15,11 @@ from repae_core.training.joint_run import JointRun
 SMALL = {"base_channels": 16, "num_res_blocks": 1, "latent_channels": 4, "norm_groups": 16, "attn_lowest": False}
 
 
-@pytest.mark.parametrize("multipliers", [(1, 2), (1, 2, 2)])
-def test_diffusers_reconstructs_the_same_image(tmp_path, multipliers):
+@pytest.mark.parametrize("multipliers", [(1, 2), (1, 2, 2), (1, 1, 2, 2, 4)])
+@pytest.mark.parametrize("attn_lowest", [False, True])  # as f8d4, as f16d32
+def test_diffusers_reconstructs_the_same_image(tmp_path, multipliers, attn_lowest):
     torch.manual_seed(0)
-    vae = build_vae(SMALL | {"channel_multipliers": multipliers}).eval()
+    vae = build_vae(SMALL | {"channel_multipliers": multipliers, "attn_lowest": attn_lowest}).eval()
     scale, bias = torch.tensor([0.5, 1.0, 2.0, 4.0]), torch.tensor([0.0, 1.0, -1.0, 0.5])
     export_diffusers_vae(vae, tmp_path, scale=scale, bias=bias, sample_size=32)
     theirs = AutoencoderKL.from_pretrained(tmp_path).eval()
