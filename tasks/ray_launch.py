@@ -51,6 +51,10 @@ class FinalError(RuntimeError):
     """Raised by a worker for what no restart would mend; `launch` raises it in the driver at once."""
 
 
+class FinalInputError(FinalError, ValueError):
+    """The same where the input is at fault: the user's to mend."""
+
+
 class RaySession:
     """A connection to RAY_ADDRESS, or a private local cluster that ends with this process."""
 
@@ -153,12 +157,12 @@ def _fit(
     import ray
 
     mailbox: Any = cast(Any, ray.remote(num_cpus=0)(_Mailbox)).remote()
-    final: list[str] = []
+    final: list[FinalError] = []
 
     def deliver() -> None:
         for message in ray.get(mailbox.drain.remote(), timeout=60):
             if _FINAL in message:
-                final.append(message[_FINAL])
+                final.append((FinalInputError if message["bad_input"] else FinalError)(message[_FINAL]))
             else:
                 on_report(message)
 
@@ -173,7 +177,7 @@ def _fit(
             with contextlib.suppress(Exception):  # the cluster may be gone
                 deliver()
             if final:
-                raise FinalError(final[0]) from error
+                raise final[0] from error
             raise
         finally:
             with contextlib.suppress(Exception):
@@ -235,7 +239,7 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
     try:
         result: dict[str, Any] = config["worker"](config["payload"], put)
     except FinalError as error:
-        ray.get(put({_FINAL: str(error)}), timeout=30)
+        ray.get(put({_FINAL: str(error), "bad_input": isinstance(error, FinalInputError)}), timeout=30)
         raise
     return result
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from repae_core.artifacts import Artifact, LeaseLost, Store, StoreError, check_lease
-from tasks.ray_launch import FinalError, preempted
+from tasks.ray_launch import FinalError, FinalInputError, preempted
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -37,7 +37,7 @@ def final_errors(under_ray: bool) -> Iterator[None]:
     except (ValueError, StoreError, LeaseLost, ArithmeticError) as error:
         if not under_ray:
             raise
-        raise FinalError(str(error)) from error
+        raise (FinalInputError if isinstance(error, ValueError) else FinalError)(str(error)) from error
 
 
 def _train(payload: dict[str, Any], report: Report) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import threading
 import time
 
 import psutil
+import pytest
 import tiny
 
 from repae_core.artifacts import Artifact, RunRecord, Store
@@ -60,3 +61,16 @@ def test_two_workers_write_the_same_bytes(tmp_path, home):
         artifact = Artifact(store, stage, two.stages[stage].fingerprint)
         assert artifact.manifest().workers == 2
         assert artifact.verify() == []
+
+
+def test_bad_input_on_a_worker_is_the_users_to_mend(tmp_path, home):
+    """Said at once, as in one process (exit code 2), not tried again."""
+    images = tiny.write_images(tmp_path / "images", per_class=3)
+    (images / "two" / "bad.png").write_bytes(b"")
+    settings = ("preprocess.workers=1", "preprocess.max_skipped_fraction=0")
+    config = tiny.config(images, tmp_path / "store", *settings)
+    with (
+        pytest.raises(ValueError, match=r"two/bad.png: the file is empty \(1 unreadable"),
+        open_run(config, kind="preprocess") as run,
+    ):
+        preprocess.fn(run)

@@ -289,18 +289,3 @@ def test_memory_store(source, made):
     assert contents(other) == contents(made[0])
     assert np.array_equal(ImageShards(other).images(np.arange(4)), ImageShards(made[0]).images(np.arange(4)))
     other.store.delete(other.prefix, recursive=True)
-
-
-def test_webdataset_reads_the_shards(made):
-    """The library that gave the format its name reads keys, labels and pixels as ImageShards does."""
-    import webdataset
-
-    images = ImageShards(made[0])
-    for k in range(images.num_shards):
-        url = made[0].store.uri(made[0].key(f"shards/{k:05d}.tar"))
-        samples = list(webdataset.WebDataset(url, shardshuffle=False).decode("rgb8"))
-        rows = images.shard_indices(k)
-        assert [sample["__key__"] for sample in samples] == [images.keys[i] for i in rows]
-        assert [sample["cls"] for sample in samples] == images.labels[rows].tolist()
-        pixels = np.stack([sample["png"] for sample in samples]).transpose(0, 3, 1, 2)
-        assert np.array_equal(pixels, images.images(rows).numpy())
