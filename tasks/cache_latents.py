@@ -7,6 +7,7 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from repae_core.artifacts import FileEntry
 from tasks.pipeline_run import PipelineRun
 from tasks.sharding import write_shards
 from tasks.sharding_worker import latent_work, latent_worker
@@ -34,5 +35,6 @@ def execute(context: StageContext) -> StageOutcome:
         cpus_per_worker=section.cpus_per_worker,
         gpus_per_worker=section.gpus_per_worker,
     )
-    given = unmeasured_stats(context.inputs["vae"])
-    return StageOutcome(summary=work.writer.finish(given), workers=section.workers)
+    summary = work.writer.finish(unmeasured_stats(context.inputs["vae"]))
+    known = [FileEntry(**shard["file"]) for shard in context.artifact.read_json("index.json")["shards"]]
+    return StageOutcome(summary=summary, known=known, workers=section.workers)

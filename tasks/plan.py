@@ -189,7 +189,9 @@ def _payload(config: PipelineConfig, stage: str, inputs: Mapping[str, Artifact])
     if stage == "preprocess":
         from repae_core.data.sources import open_source
 
-        values["source"] = open_source(config.preprocess.source).content_digest()
+        source = open_source(config.preprocess.source)
+        _require_classes(config, len(source.class_names))
+        values["source"] = source.content_digest()
         if config.preprocess.encoding != "jpeg":
             values.pop("jpeg_quality")
     if stage == "cache-latents":
@@ -208,6 +210,16 @@ def _payload(config: PipelineConfig, stage: str, inputs: Mapping[str, Artifact])
         "config": values,
         "inputs": {role: artifact.fingerprint for role, artifact in sorted(inputs.items())},
     }
+
+
+def _require_classes(config: PipelineConfig, found: int) -> None:
+    for section in ("train_repae", "train_ldm"):
+        configured = getattr(config, section).num_classes
+        if configured is not None and configured < found:
+            raise ValueError(
+                f"{section}.num_classes={configured}, but the data set has {found} classes; set it to {found}, or "
+                "leave it out to take the data set's"
+            )
 
 
 def file_sha256(path: str, field_name: str) -> str:

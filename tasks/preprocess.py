@@ -7,6 +7,7 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from repae_core.artifacts import FileEntry
 from tasks.pipeline_run import PipelineRun
 from tasks.sharding import write_shards
 from tasks.sharding_worker import preprocess_work, preprocess_worker
@@ -26,4 +27,5 @@ def execute(context: StageContext) -> StageOutcome:
     section = context.config.preprocess
     write_shards(context, preprocess_worker, workers=section.workers, cpus_per_worker=section.processes)
     summary = finish_preprocessing(preprocess_work(context.config, context.artifact))
-    return StageOutcome(summary=summary, workers=section.workers)
+    known = [FileEntry(**shard["tar"]) for shard in context.artifact.read_json("index.json")["shards"]]
+    return StageOutcome(summary=summary, known=known, workers=section.workers)

@@ -101,6 +101,11 @@ class PipelineConfig(Config):
             )
         if self.train_ldm.flip and not self.cache_latents.flip:
             raise ValueError("train_ldm.flip needs mirrored latents: set cache_latents.flip=true")
+        cached, used = self.cache_latents, self.train_ldm
+        if cached.encoder and cached.encoder == used.encoder and cached.encoder_weights != used.encoder_weights:
+            raise ValueError(
+                "train_ldm.encoder_weights differ from cache_latents.encoder_weights, whose features it would read"
+            )
         self.token_grid("train_repae")
         if self.cache_latents.vae == "auto":
             self.token_grid("train_ldm")

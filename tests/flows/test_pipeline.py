@@ -135,6 +135,24 @@ def test_the_folders_place_does_not_matter(finished, tmp_path):
     assert {d.action for d in decide_all(plan, set()).values()} == {"skip"}
 
 
+def test_too_few_classes_are_said_before_work(finished):
+    for section in ("train_repae", "train_ldm"):
+        with pytest.raises(ValueError, match=rf"{section}.num_classes=2, but the data set has 3 classes"):
+            finished.run(f"{section}.num_classes=2")
+
+
+def test_features_of_other_weights_are_refused(finished):
+    with pytest.raises(ValueError, match=r"train_ldm.encoder_weights differ from cache_latents.encoder_weights"):
+        finished.configure("cache_latents.encoder=digits-vit", "train_ldm.encoder_weights=/other.safetensors")
+
+
+def test_shard_hashes_are_those_noted_while_writing(finished):
+    """The commit does not read the shards again: damage after writing is found by verify."""
+    noted = finished.artifact("preprocess").read_json("index.json")["shards"][0]["tar"]
+    listed = {file.name: file.sha256 for file in finished.artifact("preprocess").manifest().files}
+    assert listed[noted["name"]] == noted["sha256"]
+
+
 def test_force_runs_a_stage_and_what_follows(finished):
     before = tiny.contents(finished.artifact("generate"))
     record = finished.run(force=["generate"])
