@@ -123,6 +123,28 @@ def test_features(name, layout, tmp_path, monkeypatch):
     assert encoder(IMAGES).std() > 0.1
 
 
+BEFORE_THE_LAST_NORM = ("mae-vit-l", "clip-vit-L")  # system.md section 4; all others after it
+
+
+@pytest.mark.parametrize(
+    "name", [*BEFORE_THE_LAST_NORM, "dinov1-vit-b", "dinov2-vit-b", "mocov3-vit-b", "jepa-vit-h", "siglip2-vit-b"]
+)
+def test_where_features_are_taken(name, tmp_path, monkeypatch):
+    """The last block's patch tokens, and the norm written out."""
+    network = small(name, monkeypatch)
+    state, tokens = dict(network.state_dict()), []
+    torch.save(state, tmp_path / "weights.pth")
+    encoder = build_encoder(name, str(tmp_path / "weights.pth"), grid=GRID)
+    encoder.network.blocks[-1].register_forward_hook(lambda _, __, out: tokens.append(out[:, -(GRID * GRID) :]))
+    found = encoder(IMAGES)
+    if name in BEFORE_THE_LAST_NORM:
+        torch.testing.assert_close(found, tokens[0])
+    else:
+        norm = "norm" if "norm.weight" in state else "fc_norm"
+        weight, bias = state[f"{norm}.weight"], state[f"{norm}.bias"]
+        torch.testing.assert_close(found, nn.functional.layer_norm(tokens[0], (48,), weight, bias, eps=1e-6))
+
+
 @pytest.mark.parametrize(("name", "layout"), LAYOUTS[:10], ids=[f"{n}-{k}" for k, (n, _) in enumerate(LAYOUTS[:10])])
 def test_a_missing_or_strange_entry_is_an_error(name, layout, tmp_path, monkeypatch):
     network = small(name, monkeypatch)

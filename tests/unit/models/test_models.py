@@ -122,3 +122,20 @@ def test_drop_labels():
 def test_discriminator_gives_a_logit_a_patch():
     logits = build_discriminator(num_filters=8)(torch.zeros(2, 3, 32, 32))
     assert logits.shape == (2, 1, 2, 2)
+
+
+def test_convolution_projector_on_the_token_grid(inputs):
+    """Tokens are row-major, padding is zeros: token (i, j) of a 4x4 grid, written out."""
+    torch.manual_seed(0)
+    sit = build_sit("SiT-Tiny/2", **SIT | {"z_dims": [12]}, projector="conv")
+    tokens = []
+    sit.blocks[1].register_forward_hook(lambda _, __, out: tokens.append(out.detach()))
+    (found,) = sit.project(*inputs)
+    (projector,) = sit.projectors
+    for i, j in ((0, 0), (0, 2), (2, 1), (3, 3)):
+        expected = projector.bias.expand(3, -1)
+        for di, dj in ((a, b) for a in (-1, 0, 1) for b in (-1, 0, 1)):
+            if 0 <= i + di < 4 and 0 <= j + dj < 4:
+                neighbour = tokens[0][:, 4 * (i + di) + j + dj]
+                expected = expected + neighbour @ projector.weight[:, :, di + 1, dj + 1].T
+        torch.testing.assert_close(found[:, 4 * i + j], expected, rtol=1e-4, atol=1e-5)

@@ -44,6 +44,14 @@ class Stopped(Exception):
     pass
 
 
+def test_the_first_statistics_go_into_the_moving_average_too(config, images, tmp_path):
+    run = start(config, images, folder(tmp_path))
+    run.start_latent_norm()
+    for mine, average in zip(run.state.sit.module.latent_stats(), run.state.ema.latent_stats(), strict=True):
+        assert torch.equal(mine, average)
+    assert not torch.allclose(average, torch.zeros(4), atol=1e-3)  # measured, not the untouched buffers
+
+
 def test_resume_is_exact(config, images, tmp_path):
     """Stopped between checkpoints, in the warm-up and in joint training, a run ends with the same bytes."""
     through, stopped = folder(tmp_path / "a"), folder(tmp_path / "b")
