@@ -3,6 +3,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load as load_safetensors
+from scipy import stats
 
 from repae_core.artifacts import Artifact, Store
 from repae_core.artifacts.checkpoints import committed_checkpoints, resolve_checkpoint
@@ -174,6 +175,20 @@ def test_draws_depend_on_position_only():
     other = sample_draws(range(10, 18), **(settings | {"seed": 4}))
     assert not torch.equal(whole.noise, other.noise)
     assert 0 < int(whole.label_drop.sum()) < 8
+
+
+@pytest.mark.parametrize(("path", "weighting", "quantile"), [
+    ("linear", "uniform", lambda u: u),
+    ("linear", "lognormal", lambda u: 1 / (1 + np.exp(-stats.norm.ppf(u)))),
+    ("cosine", "lognormal", lambda u: 2 / np.pi * np.arctan(np.exp(stats.norm.ppf(u)))),
+])  # fmt: skip
+def test_times_follow_the_weighting(path, weighting, quantile):
+    """Uniform, or log sigma normal with t = sigma/(1+sigma), on the cosine path 2/pi atan(sigma): at three quantiles."""
+    settings = {"seed": 0, "stream": "s", "latent_shape": (1, 1, 1), "interpolant": Interpolant(path), "drop_prob": 0.1,
+                "device": torch.device("cpu")}  # fmt: skip
+    t = sample_draws(range(4000), weighting=weighting, **settings).t.numpy()
+    for u in (0.1, 0.5, 0.9):
+        assert np.mean(t < quantile(u)) == pytest.approx(u, abs=0.02)
 
 
 def test_learning_rate_schedule():
