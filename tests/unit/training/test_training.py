@@ -183,7 +183,7 @@ def test_draws_depend_on_position_only():
     ("cosine", "lognormal", lambda u: 2 / np.pi * np.arctan(np.exp(stats.norm.ppf(u)))),
 ])  # fmt: skip
 def test_times_follow_the_weighting(path, weighting, quantile):
-    """Uniform, or log sigma normal with t = sigma/(1+sigma), on the cosine path 2/pi atan(sigma): at three quantiles."""
+    """Uniform, or log sigma normal with t = sigma/(1+sigma) (cosine: 2/pi atan(sigma)): three quantiles."""
     settings = {"seed": 0, "stream": "s", "latent_shape": (1, 1, 1), "interpolant": Interpolant(path), "drop_prob": 0.1,
                 "device": torch.device("cpu")}  # fmt: skip
     t = sample_draws(range(4000), weighting=weighting, **settings).t.numpy()
