@@ -9,7 +9,7 @@ import torch
 from repae_core.training.draws import Draws
 from repae_core.training.ldm_step import ldm_step
 from repae_core.training.micro_batches import micro_batches
-from repae_core.training.repae_step import apply_updates, discriminator_phase, in_unit_range, sit_loss, vae_loss
+from repae_core.training.repae_step import apply_updates, discriminator_phase, signed_images, sit_loss, vae_loss
 from repae_core.training.state import Batch, JointObjective, JointState, Metrics
 
 
@@ -24,7 +24,7 @@ def frozen_vae_step(
     parts = micro_batches(batch, draws, objective.accumulation_steps)
     with torch.no_grad(), state.timer("vae"):
         encode = state.vae.module.encode
-        z = torch.cat([encode(in_unit_range(b, state)).sample(noise=d.posterior_noise) for b, d in parts])
+        z = torch.cat([encode(signed_images(b, state)).sample(noise=d.posterior_noise) for b, d in parts])
     return ldm_step(state, dataclasses.replace(batch, latents=z), draws, objective, rate_factor=rate_factor)
 
 
@@ -40,7 +40,7 @@ def naive_end_to_end_step(
     """
     assert objective.accumulation_steps == 1  # the statistics of z hold the whole batch's graph
     with state.timer("vae"):
-        x = in_unit_range(batch, state)
+        x = signed_images(batch, state)
         posterior, z, recon = state.vae.forward(x, draws.posterior_noise)
         of_vae, metrics = vae_loss(state, x, posterior, z, recon, batch, draws, objective)
         of_sit, sit_metrics = sit_loss(state, state.sit.module.train().bn(z), batch, draws, objective)

@@ -51,7 +51,7 @@ def vae_phase(
     kept: list[tuple[Tensor, Tensor]] = []
 
     def loss(batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
-        x = in_unit_range(batch, state)
+        x = signed_images(batch, state)
         posterior, z, recon = state.vae.forward(x, draws.posterior_noise)
         kept.append((z.detach(), recon.detach()))
         return vae_loss(state, x, posterior, z, recon, batch, draws, objective)
@@ -69,7 +69,7 @@ def discriminator_phase(
     reconstructions = iter(recon.chunk(len(parts)))
 
     def loss(batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
-        return discriminator_loss(state, in_unit_range(batch, state), next(reconstructions), objective)
+        return discriminator_loss(state, signed_images(batch, state), next(reconstructions), objective)
 
     with state.timer("discriminator"):
         return accumulate(state.discriminator, parts, loss)
@@ -164,7 +164,7 @@ def vae_warmup_step(
     """One step of the VAE alone: reconstruction, perceptual loss and KL (for a VAE from scratch)."""
 
     def loss(batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
-        x = in_unit_range(batch, state)
+        x = signed_images(batch, state)
         posterior, _, recon = state.vae.forward(x, draws.posterior_noise)
         total, terms = autoencoder_loss(x, recon, posterior, objective)
         return total, {name: value.detach() for name, value in terms.items()} | {"vae_loss": total.detach()}
@@ -176,7 +176,7 @@ def vae_warmup_step(
     return metrics
 
 
-def in_unit_range(batch: Batch, state: LDMState) -> Tensor:
+def signed_images(batch: Batch, state: LDMState) -> Tensor:
     """The batch's images as the VAE sees them: [B,3,H,W] in [-1,1]."""
     assert batch.images is not None
     return batch.images.to(state.dtype) / 127.5 - 1
