@@ -8,6 +8,7 @@ from typing import Any
 
 from repae_core.artifacts import Artifact, Manifest, Store, fingerprint, resolve_reference
 from repae_core.config import STAGES, PipelineConfig, content_paths, output_fields, section_name
+from repae_core.data.sources import ImageSource, open_source
 from repae_core.remote_files import local_copy, sha256_of
 
 # Raised when a stage's output changes for the same config.
@@ -15,7 +16,7 @@ VERSIONS = {
     "preprocess": 2,
     "train-repae": 2,
     "extract-vae": 1,
-    "cache-latents": 3,
+    "cache-latents": 4,
     "train-ldm": 2,
     "generate": 1,
     "evaluate": 1,
@@ -44,11 +45,13 @@ class Decision:
 class Plan:
     """The stages of a config in order.
 
+    source: the listed data set.
     not_needed: what the pipeline's result does not depend on. An external VAE replaces stages 2 and 3, which are
     then not planned at all; images of the joint model need no latent cache and no second training.
     """
 
     store: Store
+    source: ImageSource
     stages: dict[str, PlannedStage] = field(default_factory=dict)
     not_needed: tuple[str, ...] = ()
 
@@ -99,7 +102,9 @@ def make_plan(
     Raises:
         ValueError: source, weights file or referenced artifact missing: one line.
     """
-    plan = Plan(store)
+    source = open_source(config.preprocess.source)
+    _require_classes(config, len(source.class_names))
+    plan = Plan(store, source)
     external_vae = config.cache_latents.vae != "auto" and config.generate.model == "train-ldm"
     if external_vae:
         plan.not_needed = ("train-repae", "extract-vae")
@@ -114,6 +119,8 @@ def make_plan(
             for role, source in upstream(config, stage).items()
         }
         payload = _payload(config, stage, inputs)
+        if stage == "preprocess":
+            payload["config"]["source"] = source.content_digest()
         plan.stages[stage] = PlannedStage(stage, Artifact(store, stage, fingerprint(payload)), inputs, payload)
     return plan
 
@@ -186,14 +193,8 @@ def _payload(config: PipelineConfig, stage: str, inputs: Mapping[str, Artifact])
         else:
             values[target] = digests
     values.pop("init_from", None)
-    if stage == "preprocess":
-        from repae_core.data.sources import open_source
-
-        source = open_source(config.preprocess.source)
-        _require_classes(config, len(source.class_names))
-        values["source"] = source.content_digest()
-        if config.preprocess.encoding != "jpeg":
-            values.pop("jpeg_quality")
+    if stage == "preprocess" and config.preprocess.encoding != "jpeg":
+        values.pop("jpeg_quality")
     if stage == "cache-latents":
         values.pop("vae")
         if config.cache_latents.encoder:

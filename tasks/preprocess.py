@@ -25,7 +25,14 @@ def execute(context: StageContext) -> StageOutcome:
     from repae_core.data.preprocess import finish_preprocessing
 
     section = context.config.preprocess
-    write_shards(context, preprocess_worker, workers=section.workers, cpus_per_worker=section.processes)
-    summary = finish_preprocessing(preprocess_work(context.config, context.artifact))
+    source = context.run.plan.source
+    write_shards(
+        context,
+        preprocess_worker,
+        workers=section.workers,
+        cpus_per_worker=section.processes,
+        listing=source.listing_digest(),
+    )
+    summary = finish_preprocessing(preprocess_work(context.config, source, context.artifact))
     known = [FileEntry(**shard["tar"]) for shard in context.artifact.read_json("index.json")["shards"]]
     return StageOutcome(summary=summary, known=known, workers=section.workers)

@@ -10,7 +10,7 @@ from tasks.sharding_worker import Report
 from tasks.stage import StageContext
 from tasks.training_worker import artifact_reference
 
-MAX_FAILURES = 3  # restarts of failed workers; each goes on with the shards that are missing
+MAX_FAILURES = 3  # restarts of failed workers without a new shard in between
 
 
 def write_shards(
@@ -20,8 +20,9 @@ def write_shards(
     workers: int,
     cpus_per_worker: int,
     gpus_per_worker: int = 0,
+    **extra: Any,
 ) -> None:
-    """Run `worker` on that many Ray workers (0: here), and add up their progress."""
+    """Run `worker` on that many Ray workers (0: here), and add up their progress; `extra` enters its payload."""
     done: dict[int, int] = {}
 
     def relay(message: dict[str, Any]) -> None:
@@ -32,7 +33,7 @@ def write_shards(
         "config": context.config.model_dump(mode="json"),
         "out": artifact_reference(context.artifact),
         "inputs": {role: artifact_reference(artifact) for role, artifact in context.inputs.items()},
-    }
+    } | extra
     launch(
         worker,
         payload,
@@ -41,5 +42,6 @@ def write_shards(
         cpus_per_worker=cpus_per_worker,
         gpus_per_worker=gpus_per_worker,
         max_failures=MAX_FAILURES,
+        position=lambda: len(context.artifact.files()),
         on_report=relay,
     )

@@ -15,6 +15,7 @@ from tasks.training_worker import final_errors, open_artifact, torch_threads
 
 if TYPE_CHECKING:
     from repae_core.data.preprocess import PreprocessWork
+    from repae_core.data.sources import ImageSource
     from repae_core.stages.cache_latents import LatentWork
 
 Report = Callable[[dict[str, Any]], None]
@@ -22,13 +23,20 @@ Report = Callable[[dict[str, Any]], None]
 
 def preprocess_worker(payload: dict[str, Any], report: Report) -> dict[str, Any]:
     """Write this worker's share of the image shards."""
+    from repae_core.data import open_source
     from repae_core.data.preprocess import write_missing_shards
 
     config = PipelineConfig.model_validate(payload["config"])
     rank, world = _rank_and_world()
     with final_errors(config.preprocess.workers > 0):
+        source = open_source(config.preprocess.source)
+        if source.listing_digest() != payload["listing"]:
+            raise ValueError(
+                f"preprocess.source: {config.preprocess.source} has other files on worker {rank} than when the run was "
+                "planned: they changed meanwhile, or the machines see different folders; run again"
+            )
         write_missing_shards(
-            preprocess_work(config, open_artifact(payload["out"])),
+            preprocess_work(config, source, open_artifact(payload["out"])),
             rank=rank,
             world=world,
             processes=config.preprocess.processes,
@@ -60,14 +68,13 @@ def latent_worker(payload: dict[str, Any], report: Report) -> dict[str, Any]:
     return {}
 
 
-def preprocess_work(config: PipelineConfig, out: Artifact) -> PreprocessWork:
+def preprocess_work(config: PipelineConfig, source: ImageSource, out: Artifact) -> PreprocessWork:
     """The plan of all image shards, equal in every worker."""
-    from repae_core.data import open_source
     from repae_core.data.preprocess import plan_preprocessing
 
     section = config.preprocess
     return plan_preprocessing(
-        open_source(section.source),
+        source,
         out,
         resolution=section.resolution,
         images_per_shard=section.images_per_shard,

@@ -20,11 +20,23 @@ class FolderReader(StoredReader):
     """Reads files below a folder by name."""
 
     def read_bytes(self, item: SourceItem) -> bytes:
-        """The file's content. BadImageError if it cannot be read; OSError if the store cannot be reached."""
+        """The file's content. BadImageError if it cannot be read; OSError if the store cannot be reached.
+
+        ValueError if it has not the size that was listed: the data set is changing, so no result would be of it.
+        """
         path = f"{self.root}/{item.name}"
+        content = self._content(path)
+        if len(content) != item.size:
+            raise ValueError(
+                f"preprocess.source: {path} has {len(content)} bytes, but had {item.size} when it was listed: "
+                "it changed meanwhile; run again"
+            )
+        return content
+
+    def _content(self, path: str) -> bytes:
         try:
             if not is_local(self.fs):
-                return self.fs.cat_file(path)
+                return bytes(self.fs.cat_file(path))
             with open(path, "rb") as file:  # a tenth of the time that fsspec takes to open it
                 return file.read()
         except FileNotFoundError:

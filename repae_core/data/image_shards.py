@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -12,11 +11,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from repae_core.artifacts import Artifact
+from repae_core.artifacts import Artifact, FileEntry
 from repae_core.data.shard_cache import ShardCache
 from repae_core.data.shards import INDEX
-
-_READ_THREADS = 16
 
 
 class ImageShards(Dataset[tuple[Tensor, int]]):
@@ -43,9 +40,8 @@ class ImageShards(Dataset[tuple[Tensor, int]]):
         self.num_classes: int = self.index["num_classes"]
         shards = self.index["shards"]
         self.num_shards = len(shards)
-        self._tars = [shard["tar"]["name"] for shard in shards]
-        with ThreadPoolExecutor(_READ_THREADS) as pool:
-            sidecars = list(pool.map(artifact.read_json, [shard["sidecar"] for shard in shards]))
+        self._tars = [FileEntry(**shard["tar"]) for shard in shards]
+        sidecars = artifact.read_all_json([shard["sidecar"] for shard in shards])
         self.keys: list[str] = [key for sidecar in sidecars for key in sidecar["keys"]]
         self.labels = _column(sidecars, "labels")
         self._offsets, self._sizes = _column(sidecars, "offsets"), _column(sidecars, "sizes")
@@ -97,21 +93,22 @@ class ImageShards(Dataset[tuple[Tensor, int]]):
                 pixels[row] = np.asarray(Image.open(io.BytesIO(blob)))
             except (OSError, SyntaxError, ValueError) as error:
                 raise ValueError(
-                    f"{self.artifact.uri}/{self._tar(i)}: image {self.keys[i]} is damaged: {error}"
+                    f"{self.artifact.uri}/{self._tar(i).name}: image {self.keys[i]} is damaged: {error}"
                 ) from None
         return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
     def _blobs(self, indices: np.ndarray) -> list[bytes]:
         """The encoded images."""
-        store, keys = self.artifact.store, [self.artifact.key(self._tar(i)) for i in indices]
+        store, tars = self.artifact.store, [self._tar(i) for i in indices]
+        keys = [self.artifact.key(tar.name) for tar in tars]
         offsets, sizes = self._offsets[indices].tolist(), self._sizes[indices].tolist()
         if self._shard_cache is None:
             return store.read_ranges(keys, offsets, sizes)
         cache = self._shard_cache
-        return [cache.read_range(store, *where) for where in zip(keys, offsets, sizes, strict=True)]
+        return [cache.read_range(store, *where) for where in zip(keys, tars, offsets, sizes, strict=True)]
 
-    def _tar(self, i: int) -> str:
-        return str(self._tars[np.searchsorted(self._starts, i, side="right") - 1])
+    def _tar(self, i: int) -> FileEntry:
+        return self._tars[np.searchsorted(self._starts, i, side="right") - 1]
 
     def __getstate__(self) -> dict[str, Any]:
         # Another process (a loader worker) starts with an empty memory of its own.

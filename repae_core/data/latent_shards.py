@@ -6,18 +6,17 @@ import json
 import math
 import struct
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from repae_core.artifacts import Artifact
+from repae_core.artifacts import Artifact, FileEntry
+from repae_core.data.image_shards import ImageShards
 from repae_core.data.latent_writer import INDEX, STATS
 from repae_core.data.shard_cache import ShardCache
 
-_READ_THREADS = 16
 _HEADER_LENGTH = 8
 
 
@@ -51,12 +50,11 @@ class LatentShards:
         self.encoders: tuple[str, ...] = tuple(self.index["encoders"])
         self.encoder_grid: int | None = self.index["encoder_grid"]
         shards = self.index["shards"]
-        with ThreadPoolExecutor(_READ_THREADS) as pool:
-            sidecars = list(pool.map(artifact.read_json, [shard["sidecar"] for shard in shards]))
+        sidecars = artifact.read_all_json([shard["sidecar"] for shard in shards])
         self.keys: list[str] = [key for sidecar in sidecars for key in sidecar["keys"]]
         self.labels = np.concatenate([np.asarray(sidecar["labels"], dtype=np.int64) for sidecar in sidecars])
         self._shard_cache = None if artifact.store.is_local else shard_cache
-        self._files = [_TensorFile(artifact, shard["file"]["name"]) for shard in shards]
+        self._files = [_TensorFile(artifact, FileEntry(**shard["file"]), self._shard_cache) for shard in shards]
         self._starts = np.cumsum([0] + [len(sidecar["keys"]) for sidecar in sidecars])
         self.shard_starts: tuple[int, ...] = tuple(self._starts[:-1].tolist())
         self._memory: dict[str, _InMemory] = {}
@@ -83,12 +81,17 @@ class LatentShards:
             self._rows(f"features.{i}", f"features_flip.{i}", indices, flip_mask) for i in range(len(self.encoders))
         ]
 
-    def require_same_images(self, keys: Sequence[str], labels: np.ndarray) -> None:
+    def require_same_images(self, images: ImageShards) -> None:
         """Before images are joined with latents by their number.
 
         Raises:
-            ValueError: other keys, or another label of a key; names the first.
+            ValueError: another artifact's images, other keys, or another label of a key; names the first.
         """
+        made_of, given, keys, labels = self.index["images"], images.artifact.fingerprint, images.keys, images.labels
+        if made_of != given:  # keys are positions in the source: other images may have the same
+            raise ValueError(
+                f"{self.artifact.uri}: the latents are of the images {made_of}, not of {given}: made of other images"
+            )
         if len(keys) != len(self):
             raise ValueError(
                 f"{self.artifact.uri} holds {len(self)} latents for {len(keys)} images: made of other images"
@@ -125,12 +128,13 @@ class LatentShards:
     def _read(self, spans: Sequence[_Span]) -> list[Tensor]:
         store = self.artifact.store
         if self._shard_cache is None:
-            blobs = store.read_ranges([s.key for s in spans], [s.first for s in spans], [s.length for s in spans])
+            keys = [span.file.key for span in spans]
+            blobs = store.read_ranges(keys, [span.first for span in spans], [span.length for span in spans])
         else:
-            blobs = [self._shard_cache.read_range(store, s.key, s.first, s.length) for s in spans]
+            blobs = [span.file.read(span.first, span.length) for span in spans]
         for span, blob in zip(spans, blobs, strict=True):
             if len(blob) != span.length:
-                raise ValueError(f"{store.uri(span.key)} is shorter than its header says")
+                raise ValueError(f"{store.uri(span.file.key)} is shorter than its header says")
         return [
             torch.frombuffer(bytearray(blob), dtype=span.dtype).view(span.shape)
             for span, blob in zip(spans, blobs, strict=True)
@@ -177,7 +181,7 @@ class _InMemory:
 class _Span(NamedTuple):
     """Bytes of consecutive rows in a file, and what they are."""
 
-    key: str
+    file: _TensorFile
     first: int
     length: int
     shape: list[int]
@@ -187,8 +191,9 @@ class _Span(NamedTuple):
 class _TensorFile:
     """Where the rows of the tensors in one safetensors file lie."""
 
-    def __init__(self, artifact: Artifact, name: str) -> None:
-        self._artifact, self._key = artifact, artifact.key(name)
+    def __init__(self, artifact: Artifact, entry: FileEntry, shard_cache: ShardCache | None) -> None:
+        self._store, self.key = artifact.store, artifact.key(entry.name)
+        self._entry, self._shard_cache = entry, shard_cache
         self._header: dict[str, Any] | None = None
         self._data = 0
 
@@ -201,13 +206,18 @@ class _TensorFile:
         shape, dtype = [stop - start, *entry["shape"][1:]], _DTYPES[entry["dtype"]]
         row = math.prod(shape[1:]) * dtype.itemsize
         first = self._data + entry["data_offsets"][0] + start * row
-        return _Span(self._key, first, (stop - start) * row, shape, dtype)
+        return _Span(self, first, (stop - start) * row, shape, dtype)
+
+    def read(self, start: int, length: int) -> bytes:
+        """Bytes of the file, through the cache of shards if there is one."""
+        if self._shard_cache is None:
+            return self._store.read_range(self.key, start, length)
+        return self._shard_cache.read_range(self._store, self.key, self._entry, start, length)
 
     def _read_header(self) -> None:
-        store = self._artifact.store
-        (length,) = struct.unpack("<Q", store.read_range(self._key, 0, _HEADER_LENGTH))
+        (length,) = struct.unpack("<Q", self.read(0, _HEADER_LENGTH))
         self._data = _HEADER_LENGTH + length
-        self._header = json.loads(store.read_range(self._key, _HEADER_LENGTH, length))
+        self._header = json.loads(self.read(_HEADER_LENGTH, length))
 
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}

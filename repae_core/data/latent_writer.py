@@ -128,14 +128,16 @@ class LatentWriter:
     def missing(self) -> list[int]:
         """Shards still to be written; those whose images were all skipped have no latents and are left out."""
         files = self.artifact.files()
-        return [k for k in self._filled() if not self._is_written(k, files)]
+        started = [k for k in self._filled() if {latent_shard_name(k), latent_sidecar_name(k)} <= files.keys()]
+        sidecars = self.artifact.read_all_json([latent_sidecar_name(k) for k in started])
+        written = {
+            k for k, sidecar in zip(started, sidecars, strict=True)
+            if sidecar["file"]["bytes"] == files[latent_shard_name(k)]
+        }  # fmt: skip
+        return [k for k in self._filled() if k not in written]
 
     def _filled(self) -> list[int]:
         return [k for k in range(self.images.num_shards) if len(self.images.shard_indices(k))]
-
-    def _is_written(self, k: int, files: Mapping[str, int]) -> bool:
-        shard, sidecar = latent_shard_name(k), latent_sidecar_name(k)
-        return shard in files and sidecar in files and self.artifact.read_json(sidecar)["file"]["bytes"] == files[shard]
 
     def write(
         self,
@@ -173,7 +175,8 @@ class LatentWriter:
         given: contents of `latent_stats.json` in place of statistics of these latents.
         Statistics are merged in the order of the shards, so they do not depend on who wrote which shard.
         """
-        sidecars = {k: self.artifact.read_json(latent_sidecar_name(k)) for k in self._filled()}
+        names = [latent_sidecar_name(k) for k in self._filled()]
+        sidecars = dict(zip(self._filled(), self.artifact.read_all_json(names), strict=True))
         tensors = next(iter(sidecars.values()))["tensors"]
         statistics = LatentStatistics(tensors["mean"][0][0])
         for sidecar in sidecars.values():
@@ -199,6 +202,11 @@ class LatentWriter:
             {"file": sidecar["file"], "sidecar": latent_sidecar_name(k), "num_images": len(sidecar["keys"])}
             for k, sidecar in sidecars.items()
         ]
-        index = summary | {"class_names": self.images.class_names, "tensors": tensors, "shards": shards}
+        index = summary | {
+            "images": self.images.artifact.fingerprint,
+            "class_names": self.images.class_names,
+            "tensors": tensors,
+            "shards": shards,
+        }
         self.artifact.write_json(INDEX, index)
         return summary | stats | {"bytes": sum(shard["file"]["bytes"] for shard in shards)}

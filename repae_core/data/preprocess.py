@@ -8,7 +8,7 @@ import math
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
@@ -154,18 +154,20 @@ def finish_preprocessing(work: PreprocessWork) -> dict[str, Any]:
 Written = Iterator[tuple[int, dict[str, Any]]]  # (k, sidecar) of every missing shard, in the order of finishing
 
 
-def _write_here(work: PreprocessWork, missing: Sequence[int], _: int) -> Written:
+def _write_here(work: PreprocessWork, missing: Iterable[int], _: int) -> Written:
     for k in missing:
         samples = shard_samples(work.source, work.plan[k])
         yield k, write_shard(work.source.reader, samples, k, work.artifact, work.settings)
 
 
 def _write_in_processes(work: PreprocessWork, missing: Sequence[int], processes: int) -> Written:
+    """This process is one of them: it is at work while the others start."""
     where = (work.artifact.store.url, work.artifact.stage, work.artifact.fingerprint)
     # A server process forks the workers: forking this one, which may have threads (torch, fsspec), could deadlock.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    pool = ProcessPoolExecutor(min(processes, len(missing)), context, initializer=_end_with_parent)
+    others = min(processes, len(missing)) - 1
+    pool = ProcessPoolExecutor(others, context, initializer=_end_with_parent)
     waiting = iter(missing)
     running: dict[Future[dict[str, Any]], int] = {}
 
@@ -174,13 +176,19 @@ def _write_in_processes(work: PreprocessWork, missing: Sequence[int], processes:
             samples = shard_samples(work.source, work.plan[k])
             running[pool.submit(_write_in_process, work.source.reader, samples, k, where, work.settings)] = k
 
+    def finished(timeout: float | None) -> Written:
+        done, _ = wait(running, timeout, return_when=FIRST_COMPLETED)
+        for future in done:
+            yield running.pop(future), future.result()
+        submit(len(done))
+
     try:
-        submit(2 * processes)
+        submit(2 * others)
+        for written in _write_here(work, waiting, 1):
+            yield written
+            yield from finished(timeout=0)
         while running:
-            finished, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in finished:
-                yield running.pop(future), future.result()
-            submit(len(finished))
+            yield from finished(timeout=None)
     finally:
         pool.shutdown(cancel_futures=True)
 

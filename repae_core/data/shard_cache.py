@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import time
 from pathlib import Path
 
 from filelock import FileLock
 
-from repae_core.artifacts import Store
+from repae_core.artifacts import FileEntry, Store
 from repae_core.artifacts.local_files import read_local_range
 from repae_core.config.environment import repae_home
 
 _PARTIAL = ".partial"
+_ABANDONED_SECONDS = 24 * 3600.0  # no download of a shard takes so long
 
 
 def open_shard_cache(gib: float) -> ShardCache | None:
@@ -24,6 +26,8 @@ def open_shard_cache(gib: float) -> ShardCache | None:
 class ShardCache:
     """Shards read lately, shared by all processes that name the same folder; the oldest go when the limit is passed.
 
+    A copy is named by the sha256 of its content, so a shard that is made again is never mistaken for the old one, and
+    equal shards of two stores are kept once.
     folder: created if absent; holds nothing else. limit_bytes: a single larger shard is kept all the same while it is
     read.
     """
@@ -32,15 +36,21 @@ class ShardCache:
         self.folder, self.limit_bytes = folder, limit_bytes
         folder.mkdir(parents=True, exist_ok=True)
 
-    def read_range(self, store: Store, key: str, start: int, length: int) -> bytes:
-        """As `store.read_range`, from the local copy of the whole file, which is fetched first if it is not here."""
+    def read_range(self, store: Store, key: str, entry: FileEntry, start: int, length: int) -> bytes:
+        """As `store.read_range`, from the local copy of the whole file, which is fetched first if it is not here.
+
+        entry: what the file must be.
+
+        Raises:
+            ValueError: the store's file has another size or content; names it.
+        """
         while True:
-            copy = self._fetched(store, key)
+            copy = self._fetched(store, key, entry)
             with contextlib.suppress(FileNotFoundError):  # another process may have removed it just now
                 return read_local_range(str(copy), start, length)
 
-    def _fetched(self, store: Store, key: str) -> Path:
-        copy = self.folder / hashlib.sha256(store.uri(key).encode()).hexdigest()[:32]
+    def _fetched(self, store: Store, key: str, entry: FileEntry) -> Path:
+        copy = self.folder / entry.sha256
         try:
             os.utime(copy)  # marks it as used
             return copy
@@ -48,8 +58,17 @@ class ShardCache:
             pass
         with FileLock(f"{copy}.lock"):
             if not copy.exists():
-                partial = f"{copy}{_PARTIAL}"
-                store.download(key, partial)
+                partial = Path(f"{copy}{_PARTIAL}")
+                store.download(key, str(partial))
+                with open(partial, "rb") as downloaded:
+                    digest = hashlib.file_digest(downloaded, "sha256").hexdigest()
+                if digest != entry.sha256:
+                    size = partial.stat().st_size
+                    partial.unlink()
+                    raise ValueError(
+                        f"{store.uri(key)}: {size} bytes with sha256 {digest[:12]}..., but its index says "
+                        f"{entry.bytes} bytes with {entry.sha256[:12]}...: damaged, or made again meanwhile"
+                    )
                 os.replace(partial, copy)
                 self._evict(keep=copy)
         return copy
@@ -57,10 +76,12 @@ class ShardCache:
     def _evict(self, keep: Path) -> None:
         found = []
         for path in self.folder.iterdir():
-            if not path.suffix:
-                with contextlib.suppress(FileNotFoundError):
-                    status = path.stat()
+            with contextlib.suppress(FileNotFoundError):
+                status = path.stat()
+                if not path.suffix:
                     found.append((status.st_mtime_ns, status.st_size, path))
+                elif path.suffix == _PARTIAL and status.st_mtime < time.time() - _ABANDONED_SECONDS:
+                    path.unlink()
         total = sum(size for _, size, _ in found)
         for _, size, path in sorted(found):
             if total <= self.limit_bytes:

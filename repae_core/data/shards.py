@@ -151,12 +151,11 @@ class _Columns:
     def __init__(self) -> None:
         self.rows: list[tuple[str, str, int, int, int]] = []
         self.skipped: list[Skipped] = []
-        self.sums = np.zeros((2, 3), dtype=np.int64)
+        self.histogram = np.zeros(3 * 256, dtype=np.int64)
 
     def add(self, sample: Sample, image: Image.Image, offset: int, size: int) -> None:
         self.rows.append((sample.key, sample.item.name, sample.item.label, offset, size))
-        counts = np.array(image.histogram(), dtype=np.int64).reshape(3, 256)
-        self.sums += counts @ _VALUES, counts @ _VALUES**2
+        self.histogram += image.histogram()
 
     def skip(self, sample: Sample, error: BadImageError) -> None:
         logger.warning("skipped %s: %s", ascii(sample.item.name)[1:-1], error)
@@ -164,13 +163,15 @@ class _Columns:
 
     def to_json(self) -> dict[str, Any]:
         keys, names, labels, offsets, sizes = zip(*self.rows, strict=True) if self.rows else ((),) * 5
+        counts = self.histogram.reshape(3, 256)
         return {
             "keys": keys,
             "names": names,
             "labels": labels,
             "offsets": offsets,
             "sizes": sizes,
-            "pixel_sums": self.sums.tolist(),  # of values and of squares, per channel: exact integers
+            # of values and of squares, per channel: exact integers
+            "pixel_sums": [(counts @ _VALUES**power).tolist() for power in (1, 2)],
             "skipped": [list(entry) for entry in self.skipped],
         }
 
@@ -182,20 +183,20 @@ def check_failures(skipped: Iterable[Skipped], allowed: int) -> None:
         first = failures[0]
         raise ValueError(
             f"{first.name}: {first.reason} ({len(failures)} unreadable so far, preprocess.max_skipped_fraction "
-            f"allows {allowed})"
+            f"allows {allowed} of this data set)"
         )
 
 
 def finished_shards(artifact: Artifact, num_shards: int) -> dict[int, list[Skipped]]:
     """What was skipped in each shard that is there already: sidecar present, tar of the bytes that it states."""
     files = artifact.files()
-    done = {}
-    for k in range(num_shards):
-        if sidecar_name(k) in files and shard_name(k) in files:
-            sidecar = artifact.read_json(sidecar_name(k))
-            if sidecar["tar"]["bytes"] == files[shard_name(k)]:
-                done[k] = skipped_in(sidecar)
-    return done
+    started = [k for k in range(num_shards) if {shard_name(k), sidecar_name(k)} <= files.keys()]
+    sidecars = artifact.read_all_json([sidecar_name(k) for k in started])
+    return {
+        k: skipped_in(sidecar)
+        for k, sidecar in zip(started, sidecars, strict=True)
+        if sidecar["tar"]["bytes"] == files[shard_name(k)]
+    }
 
 
 def skipped_in(sidecar: dict[str, Any]) -> list[Skipped]:
@@ -217,8 +218,8 @@ def finish(
         ValueError: more unreadable files than allowed over all shards, or not one image left.
     """
     skipped, shards, sums = list(source.skipped), [], np.zeros((2, 3), dtype=object)
-    for k in range(num_shards):
-        sidecar = artifact.read_json(sidecar_name(k))
+    sidecars = artifact.read_all_json([sidecar_name(k) for k in range(num_shards)])
+    for k, sidecar in enumerate(sidecars):
         skipped += skipped_in(sidecar)
         sums += np.array(sidecar["pixel_sums"], dtype=object)
         shards.append({"tar": sidecar["tar"], "sidecar": sidecar_name(k), "num_images": len(sidecar["keys"])})

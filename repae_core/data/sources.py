@@ -79,14 +79,21 @@ class ImageSource:
 
         Two sources with equal digests make equal artifacts (api.md, Artifacts).
         """
-        listing = json.dumps([self.class_names, self.skipped], ensure_ascii=False)
         return {
             "kind": self.kind,
             "images": len(self.items),
             "classes": len(self.class_names),
-            "listing_sha256": hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest(),
+            "listing_sha256": _sha256([self.class_names, self.skipped]),
             **self.reader.digest(self.items),
         }
+
+    def listing_digest(self) -> str:
+        """What differs when anybody lists other classes, names, labels, sizes or places."""
+        return _sha256([self.class_names, self.skipped, self.items])
+
+
+def _sha256(listing: Any) -> str:
+    return hashlib.sha256(json.dumps(listing, ensure_ascii=False).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def open_source(source: str) -> ImageSource:

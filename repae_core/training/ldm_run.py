@@ -57,7 +57,7 @@ class LDMRun(TrainingRun):
         if self.encoders is None:
             images = None
         elif images is not None:
-            latents.require_same_images(images.keys, images.labels)
+            latents.require_same_images(images)
         self.read = functools.partial(read_latents, latents, images, bool(self.section.encoder))
         self.state = new_ldm_state(self.section, group, sit)
 

@@ -1,3 +1,4 @@
+import copy
 import json
 
 import numpy as np
@@ -174,7 +175,7 @@ def test_shards_of_skipped_images_only_are_left_out(tmp_path):
         writer.write(k, mean=torch.full((1, *SHAPE), float(k)), std=torch.ones(1, *SHAPE))
     writer.finish()
     latents = LatentShards(writer.artifact)
-    latents.require_same_images(images.keys, images.labels)
+    latents.require_same_images(images)
     assert latents.latents(np.arange(2))[0][:, 0, 0, 0].tolist() == [
         k for k in range(3) if len(images.shard_indices(k))
     ]
@@ -182,15 +183,24 @@ def test_shards_of_skipped_images_only_are_left_out(tmp_path):
 
 def test_join_names_the_first_mismatch(images, made):
     latents = LatentShards(made[0])
-    latents.require_same_images(images.keys, images.labels)
+    latents.require_same_images(images)
+    other = copy.copy(images)
+    other.keys = images.keys[:5]
     with pytest.raises(ValueError, match=f"holds {COUNT} latents for 5 images"):
-        latents.require_same_images(images.keys[:5], images.labels)
-    keys = images.keys.copy()
-    keys[3] = "00009999"
+        latents.require_same_images(other)
+    other.keys = [*images.keys[:3], "00009999", *images.keys[4:]]
     with pytest.raises(ValueError, match=rf"latent 3 is of image {images.keys[3]}.*image 3 is 00009999"):
-        latents.require_same_images(keys, images.labels)
+        latents.require_same_images(other)
+    other.keys, other.labels = images.keys, 1 - images.labels
     with pytest.raises(ValueError, match="latent 0 is of image"):
-        latents.require_same_images(images.keys, 1 - images.labels)
+        latents.require_same_images(other)
+
+
+def test_join_refuses_another_data_set_with_the_same_keys(images, made):
+    other = copy.copy(images)
+    other.artifact = Artifact(images.artifact.store, "preprocess", "0123456789abcdef")
+    with pytest.raises(ValueError, match="not of 0123456789abcdef: made of other images"):
+        LatentShards(made[0]).require_same_images(other)
 
 
 def test_errors(images, tmp_path):

@@ -86,3 +86,28 @@ def test_latents_too(remote, tmp_path, monkeypatch):
     order = np.arange(len(images))[::-1].copy()
     assert torch.equal(latents.latents(order)[0], LatentShards(writer.artifact).latents(order)[0])
     assert len(fetched) == 6
+
+
+def test_a_damaged_download_is_refused_and_not_kept(remote, tmp_path, monkeypatch):
+    def cut(self, key, target):
+        content = self.read_bytes(key)
+        with open(target, "wb") as file:
+            file.write(content[:-1] + b"x")
+
+    images = ImageShards(remote, shard_cache=ShardCache(tmp_path / "cache", 10**9))
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "download", cut)
+        with pytest.raises(ValueError, match=r"shards/00000.tar: \d+ bytes with sha256 .* damaged"):
+            images.images(np.arange(2))
+    assert torch.equal(images.images(np.arange(2)), ImageShards(remote).images(np.arange(2)))
+
+
+def test_a_shard_made_again_is_not_taken_from_the_cache(remote, tmp_path):
+    cache = ShardCache(tmp_path / "cache", 10**9)
+    ImageShards(remote, shard_cache=cache).images(np.arange(2))
+    again = Artifact(remote.store, "preprocess", "again")
+    preprocess_images(open_source(str(tmp_path / "images")), again, resolution=16, images_per_shard=6, seed=0)
+    for name in again.files():
+        remote.write_bytes(name, again.read_bytes(name))
+    made_again = ImageShards(remote, shard_cache=cache).images(np.arange(2))
+    assert torch.equal(made_again, ImageShards(remote).images(np.arange(2)))

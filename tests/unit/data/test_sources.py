@@ -7,9 +7,12 @@ import sys
 import fsspec
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 
+from repae_core.artifacts import Artifact, Store
 from repae_core.data import source_reader
+from repae_core.data.preprocess import preprocess_images
 from repae_core.data.sources import BadImageError, Skipped, open_source
 from repae_core.digits.data import load_digits
 
@@ -261,3 +264,20 @@ batch_indices(4, seed=0, images_seen=0, batch_size=2)
 assert "torch" not in sys.modules and "webdataset" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_file_that_changes_its_size_while_it_is_read_stops(tmp_path):
+    folder = tiny.write_images(tmp_path / "photos")
+    source = open_source(str(folder))
+    changed = folder / source.items[5].name
+    changed.write_bytes(changed.read_bytes() + b"more")
+    with pytest.raises(ValueError, match=f"{source.items[5].name} has .* bytes, but had .* when it was listed"):
+        preprocess_images(source, Artifact(Store(str(tmp_path / "store")), "preprocess", "x"), resolution=32, seed=0)
+
+
+def test_another_listing_has_another_digest(tmp_path):
+    folder = tiny.write_images(tmp_path / "photos")
+    before = open_source(str(folder)).listing_digest()
+    assert open_source(str(folder)).listing_digest() == before
+    next(folder.rglob("*.png")).rename(folder / "zero" / "moved.png")
+    assert open_source(str(folder)).listing_digest() != before
