@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed-from-lock
 # One thread a test process, and no spinning of idle OpenMP threads: see docs/environment.md.
 TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 
-.PHONY: help env run report test test-slow lint lock clean networks
+.PHONY: help env run serve deployments report test test-slow lint lock clean networks
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | column -t -s $$'\t'
@@ -23,6 +23,12 @@ $(STAMP): requirements.lock pyproject.toml
 
 run: env  ## The quick start: the whole pipeline on handwritten digits, in minutes
 	$(BIN)/repae run
+
+serve: env  ## Prefect, MLflow and a worker on this machine, until Ctrl-C
+	$(BIN)/repae serve
+
+deployments: env  ## Write prefect.yaml anew from flows/deployments.py
+	$(BIN)/python -m flows.deployments > prefect.yaml
 
 report: env  ## Write the report of the latest run again and say where it is
 	$(BIN)/repae report

@@ -157,6 +157,40 @@ def export(
     export_published(artifact, file, checkpoint, store)
 
 
+@app.command(epilog="Example: `PREFECT_API_URL=http://prefect:4200/api repae deploy`")
+def deploy(debug: Debug = False) -> None:
+    """Create or update the work pool and all deployments on the Prefect server of PREFECT_API_URL."""
+    from flows.deploy_command import deploy as create_all
+
+    create_all()
+
+
+@app.command(epilog="Example: `repae serve`, then `prefect deployment run full-pipeline/dev --watch` elsewhere")
+def serve(
+    prefect_port: Annotated[int, typer.Option("--prefect-port", help="Port of Prefect's API and UI.")] = 4200,
+    mlflow_port: Annotated[int, typer.Option("--mlflow-port", help="Port of MLflow.")] = 5000,
+    debug: Debug = False,
+) -> None:
+    """Prefect, MLflow and a worker on this machine, with all deployments, until Ctrl-C."""
+    from flows.serve_command import serve as run_services
+
+    run_services(prefect_port, mlflow_port)
+
+
+@app.command(epilog="Examples: `repae gc` · `repae gc --days 90 --keep-runs 50` · `repae gc --delete`")
+def gc(
+    days: Annotated[float, typer.Option("--days", help="Artifacts and runs younger than this are kept.")] = 30.0,
+    keep_runs: Annotated[int, typer.Option("--keep-runs", help="So many newest runs are kept, of any age.")] = 10,
+    delete: Annotated[bool, typer.Option("--delete", help="Remove them; without it they are only listed.")] = False,
+    store: StoreOption = "",
+    debug: Debug = False,
+) -> None:
+    """List old artifacts that no kept run, registered model or artifact needs, and with --delete remove them."""
+    from flows.gc_command import collect_garbage
+
+    collect_garbage(days, keep_runs, delete, store)
+
+
 @app.command(epilog="Example: `repae doctor --store s3://bucket/repae`")
 def doctor(store: StoreOption = "", debug: Debug = False) -> None:
     """What works on this machine, what is missing, and the remedy."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from prefect import flow, runtime
 
-from flows.parameters import Overrides, Preset, flow_config
+from flows.parameters import Overrides, Preset, flow_config, run_name
 from repae_core.config import STAGES
 from tasks.cache_latents import cache_latents
 from tasks.evaluate import evaluate
@@ -19,7 +19,7 @@ from tasks.train_ldm import train_ldm
 from tasks.train_repae import train_repae
 
 
-@flow(name="full-pipeline")
+@flow(name="full-pipeline", flow_run_name=run_name)
 def full_pipeline(
     preset: Preset = "quickstart",
     overrides: Overrides = Overrides(),  # noqa: B008

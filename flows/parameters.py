@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, cast
 
+from prefect import runtime
 from pydantic import BaseModel, ConfigDict, Field, create_model
 from pydantic.json_schema import SkipJsonSchema
 
@@ -16,6 +17,7 @@ Preset = Annotated[
     Field(description="Preset (or the path of a saved config)", json_schema_extra={"enum": list(preset_names())}),
 ]
 
+_NAME_LENGTH = 120
 _ABSENT: Any = cast(Any, SkipJsonSchema)[None]  # allowed, but not offered in the form
 
 
@@ -39,6 +41,21 @@ def _optional(model: type[BaseModel]) -> type[BaseModel]:
 
 
 Overrides: Any = _optional(PipelineConfig)
+
+
+def run_name() -> str:
+    """Name of a flow run: flow, preset and what is overridden."""
+    parameters = runtime.flow_run.parameters
+    words = [str(runtime.flow_run.flow_name), str(parameters.get("preset", "")), *_changes(parameters.get("overrides"))]
+    return " ".join(word for word in words if word)[:_NAME_LENGTH]
+
+
+def _changes(overrides: Any, prefix: str = "") -> list[str]:
+    values = overrides.model_dump(mode="json", exclude_none=True) if isinstance(overrides, BaseModel) else overrides
+    found: list[str] = []
+    for name, value in (values or {}).items():
+        found += _changes(value, f"{prefix}{name}.") if isinstance(value, dict) else [f"{prefix}{name}={value}"]
+    return found
 
 
 def flow_config(preset: str, overrides: BaseModel | None) -> PipelineConfig:

@@ -7,7 +7,7 @@ from typing import Any
 
 from prefect import Flow, flow, runtime
 
-from flows.parameters import Overrides, Preset, flow_config
+from flows.parameters import Overrides, Preset, flow_config, run_name
 from tasks.cache_latents import cache_latents as cache_latents_task
 from tasks.evaluate import evaluate as evaluate_task
 from tasks.extract_vae import extract_vae as extract_vae_task
@@ -60,7 +60,7 @@ def stage_flow(stage: str) -> Flow[..., dict[str, Any]]:
             or role=reference pairs separated by commas.
         force: Run even if the artifact exists.
     """
-    return flow(name=stage, validate_parameters=True)(run)
+    return flow(name=stage, flow_run_name=run_name)(run)
 
 
 preprocess = stage_flow("preprocess")

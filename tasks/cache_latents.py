@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
-
 from repae_core.artifacts import FileEntry
 from tasks.pipeline_run import PipelineRun
 from tasks.sharding import write_shards
 from tasks.sharding_worker import latent_work, latent_worker
-from tasks.stage import StageContext, StageOutcome, run_stage
+from tasks.stage import StageContext, StageOutcome, run_stage, stage_task
 
 
-@task(name="cache-latents", cache_policy=NO_CACHE)
+@stage_task("cache-latents")
 def cache_latents(run: PipelineRun) -> dict[str, Any]:
     """Encode all images once, with the encoders' features if asked."""
     return run_stage(run, "cache-latents", execute)

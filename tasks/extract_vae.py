@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
-
 from tasks.pipeline_run import PipelineRun
-from tasks.stage import StageContext, StageOutcome, run_stage
+from tasks.stage import StageContext, StageOutcome, run_stage, stage_task
 
 
-@task(name="extract-vae", cache_policy=NO_CACHE)
+@stage_task("extract-vae")
 def extract_vae(run: PipelineRun) -> dict[str, Any]:
     """Write the VAE, its measured latent statistics and a diffusers folder."""
     return run_stage(run, "extract-vae", execute)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
-
 from tasks.pipeline_run import PipelineRun
-from tasks.stage import StageContext, StageOutcome, run_stage
+from tasks.stage import StageContext, StageOutcome, run_stage, stage_task
 
 
-@task(name="generate", cache_policy=NO_CACHE)
+@stage_task("generate")
 def generate(run: PipelineRun) -> dict[str, Any]:
     """Sample images and the grid from the trained model."""
     return run_stage(run, "generate", execute)

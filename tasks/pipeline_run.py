@@ -15,6 +15,7 @@ from repae_core.config import STAGES, PipelineConfig, stage_name
 from tasks.display import Display
 from tasks.plan import Plan, make_plan
 from tasks.ray_launch import RaySession
+from tasks.run_page import publish_run_page
 from tasks.tracking import Tracker
 
 logger = logging.getLogger("repae")
@@ -131,6 +132,8 @@ def _status_recorded(run: PipelineRun) -> Iterator[None]:
         run.record = run.record.model_copy(update={"status": status})
         save_run(run.store, run.record)
         run.tracker.describe(_description(run.record))
+        if run.record.prefect_flow_run_id:
+            publish_run_page(run.store, run.record)
 
 
 def _description(record: RunRecord) -> str:

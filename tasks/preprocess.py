@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
-
 from repae_core.artifacts import FileEntry
 from tasks.pipeline_run import PipelineRun
 from tasks.sharding import write_shards
 from tasks.sharding_worker import preprocess_work, preprocess_worker
-from tasks.stage import StageContext, StageOutcome, run_stage
+from tasks.stage import StageContext, StageOutcome, run_stage, stage_task
 
 
-@task(name="preprocess", cache_policy=NO_CACHE)
+@stage_task("preprocess")
 def preprocess(run: PipelineRun) -> dict[str, Any]:
     """Crop, resize and pack the source images."""
     return run_stage(run, "preprocess", execute)

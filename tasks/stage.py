@@ -12,10 +12,14 @@ from datetime import UTC, datetime
 from importlib.metadata import version as package_version
 from typing import Any
 
-from repae_core.artifacts import Artifact, FileEntry, InputEntry, Lease, StageRecord
+from prefect import State, Task, task
+from prefect.cache_policies import NO_CACHE
+
+from repae_core.artifacts import Artifact, FileEntry, InputEntry, Lease, LeaseHeld, LeaseLost, StageRecord
 from repae_core.config import Config, PipelineConfig, section_name
 from tasks.pipeline_run import PipelineRun
 from tasks.plan import VERSIONS, Decision, PlannedStage, decide, stale_input
+from tasks.ray_launch import FinalError, WorkersFailedError
 from tasks.tracking import StageRun
 
 logger = logging.getLogger("repae")
@@ -67,6 +71,20 @@ class StageOutcome:
 
 
 Execute = Callable[[StageContext], StageOutcome]
+_FINAL = (ValueError, LeaseHeld, LeaseLost, FinalError, WorkersFailedError)
+
+
+def stage_task(name: str) -> Callable[[Callable[[PipelineRun], dict[str, Any]]], Task[[PipelineRun], dict[str, Any]]]:
+    """A stage as a Prefect task. Its own artifact decides what is skipped, so Prefect caches nothing.
+
+    It is retried as often as PREFECT_TASKS_DEFAULT_RETRIES says (deployments set it), and continues then where it was.
+    """
+    return task(name=name, cache_policy=NO_CACHE, retry_condition_fn=may_pass)
+
+
+def may_pass(_task: Any, _task_run: Any, state: State[Any]) -> bool:
+    """Whether a failed stage is worth another try: not if the input is at fault, or workers were restarted in vain."""
+    return not isinstance(state.data, _FINAL)
 
 
 def run_stage(run: PipelineRun, name: str, execute: Execute) -> dict[str, Any]:

@@ -120,6 +120,17 @@ class Tracker:
         self.client.set_registered_model_alias(name, "latest-run", version.version)
         return f"models:/{name}/{version.version}"
 
+    def registered_artifacts(self) -> set[str]:
+        """URIs of the artifacts behind all registered model versions."""
+        found: set[str] = set()
+        token = None
+        while True:
+            page = self.client.search_model_versions("name LIKE 'repae-%'", page_token=token)
+            found |= {version.tags["artifact"] for version in page if "artifact" in version.tags}
+            token = page.token
+            if not token:
+                return found
+
     def _log_bytes(self, run_id: str, data: bytes, folder: str, name: str) -> None:
         import tempfile
         from pathlib import Path

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
-
 from tasks.pipeline_run import PipelineRun
-from tasks.stage import StageContext, StageOutcome, run_stage
+from tasks.stage import StageContext, StageOutcome, run_stage, stage_task
 
 
-@task(name="train-ldm", cache_policy=NO_CACHE)
+@stage_task("train-ldm")
 def train_ldm(run: PipelineRun) -> dict[str, Any]:
     """Train SiT on latents of the tuned, frozen VAE."""
     return run_stage(run, "train-ldm", execute)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
-
 from tasks.pipeline_run import PipelineRun
-from tasks.stage import StageContext, StageOutcome, run_stage
+from tasks.stage import StageContext, StageOutcome, run_stage, stage_task
 
 
-@task(name="train-repae", cache_policy=NO_CACHE)
+@stage_task("train-repae")
 def train_repae(run: PipelineRun) -> dict[str, Any]:
     """Train VAE, discriminator and SiT together (REPA-E)."""
     return run_stage(run, "train-repae", execute)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import logging
+import os
+from collections.abc import Iterator
 from typing import Any
 
 from repae_core.artifacts import Artifact
@@ -11,6 +15,8 @@ from repae_core.config import TrainingConfig
 from tasks.ray_launch import launch
 from tasks.stage import StageContext
 from tasks.training_worker import artifact_reference, train_worker
+
+logger = logging.getLogger("repae")
 
 _POSITION = ("step", "images_seen")
 
@@ -30,17 +36,35 @@ def run_training(context: StageContext) -> dict[str, Any]:
         "threads": kept_threads(artifact, section),
         "workers": section.workers,
     }
-    return launch(
-        train_worker,
-        payload,
-        session=context.run.session,
-        workers=section.workers,
-        cpus_per_worker=section.cpus_per_worker,
-        gpus_per_worker=section.gpus_per_worker,
-        max_failures=section.max_failures,
-        on_report=functools.partial(relay, context),
-        position=lambda: committed_checkpoints(artifact)[-1:],
-    )
+    with training_slot():
+        return launch(
+            train_worker,
+            payload,
+            session=context.run.session,
+            workers=section.workers,
+            cpus_per_worker=section.cpus_per_worker,
+            gpus_per_worker=section.gpus_per_worker,
+            max_failures=section.max_failures,
+            on_report=functools.partial(relay, context),
+            position=lambda: committed_checkpoints(artifact)[-1:],
+        )
+
+
+@contextlib.contextmanager
+def training_slot() -> Iterator[None]:
+    """A slot of the global concurrency limit that REPAE_TRAINING_LIMIT names, waited for; nothing if it names none.
+
+    Two trainings that share a GPU pool would each wait for workers that the other holds.
+    """
+    limit = os.environ.get("REPAE_TRAINING_LIMIT")
+    if not limit:
+        yield
+        return
+    from prefect.concurrency.sync import concurrency
+
+    logger.info("waiting for a slot of %s", limit)
+    with concurrency(limit, occupy=1, strict=True):
+        yield
 
 
 def kept_threads(artifact: Artifact, section: TrainingConfig) -> int:

@@ -2,6 +2,7 @@
 
 from repae_core.artifacts.artifact import Artifact
 from repae_core.artifacts.fingerprint import fingerprint
+from repae_core.artifacts.garbage import Garbage, find_garbage, remove
 from repae_core.artifacts.lease import Lease, LeaseHeld, LeaseLost, check_lease
 from repae_core.artifacts.local_files import HashingWriter
 from repae_core.artifacts.manifest import FileEntry, InputEntry, Manifest
@@ -12,6 +13,7 @@ from repae_core.artifacts.store import Store, StoreError
 __all__ = [
     "Artifact",
     "FileEntry",
+    "Garbage",
     "HashingWriter",
     "InputEntry",
     "Lease",
@@ -23,10 +25,12 @@ __all__ = [
     "Store",
     "StoreError",
     "check_lease",
+    "find_garbage",
     "fingerprint",
     "list_runs",
     "load_run",
     "new_run_id",
+    "remove",
     "resolve_reference",
     "save_run",
 ]

@@ -106,6 +106,12 @@ class Lease:
                 logger.warning("heartbeat failed: %s", error)
 
 
+def is_held(store: Store, key: str) -> bool:
+    """Whether a live process holds the lease at `key`."""
+    held = _read(store, key)
+    return held is not None and not _why_free(held)
+
+
 def check_lease(store: Store, key: str, owner: str) -> None:
     """LeaseLost unless `owner` holds the lease at `key`."""
     held = _read(store, key)

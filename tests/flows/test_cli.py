@@ -9,6 +9,7 @@ import tiny
 from PIL import Image
 
 from flows import cli
+from repae_core.config import STAGES
 
 COMMANDS = ["run", "stage", "plan", "runs", "report", "verify", "ablation", "import", "export", "doctor"]
 
@@ -169,3 +170,23 @@ def test_doctor(call, tmp_path):
     code, out, _ = call("doctor", "--store", str(tmp_path / "file"))
     assert code == 1
     assert "REPAE_STORE" in out
+
+
+def test_gc_shows_first_and_removes_when_told(call, finished):
+    store = finished.store.url
+    code, out, _ = call("gc", "--store", store, "--days", "0", "--keep-runs", "1")
+    assert (code, "0 artifacts" in out) == (0, True)
+    code, out, _ = call("gc", "--store", store, "--days", "0", "--keep-runs", "0")
+    assert "7 artifacts" in out
+    assert all(finished.artifact(stage).is_whole() for stage in STAGES)
+    assert call("gc", "--store", store, "--days", "0", "--keep-runs", "0", "--delete")[0] == 0
+    assert all(not finished.store.folders(stage) for stage in STAGES)
+    assert call("gc", "--store", store, "--days", "-1")[0] == 2
+
+
+def test_gc_keeps_what_registered_models_were_made_from(call, original, monkeypatch):
+    monkeypatch.setenv("REPAE_HOME", str(Path(original.store.url).parent / "home"))
+    code, out, _ = call("gc", "--store", original.store.url, "--days", "0", "--keep-runs", "0")
+    assert code == 0
+    listed = {stage for stage in STAGES if f"{stage}/" in out}
+    assert listed == {"generate", "evaluate"}

@@ -1,0 +1,42 @@
+"""`repae gc`: free the space of old artifacts, after showing them."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from flows.inspect_command import open_store
+from repae_core.artifacts import find_garbage, remove
+from repae_core.config import STAGES, load_config
+
+
+def collect_garbage(days: float, keep_runs: int, delete: bool, store: str) -> None:
+    """List, and with `delete` remove, what nothing kept needs.
+
+    MLflow must answer: its registered models are kept, and without it nobody knows them.
+
+    Raises:
+        ValueError: negative limits, or a damaged record or manifest.
+        ConnectionError: MLflow cannot be reached.
+    """
+    from tasks.tracking import Tracker
+
+    if days < 0 or keep_runs < 0:
+        raise ValueError("--days and --keep-runs must not be negative")
+    opened, console = open_store(store), Console()
+    registered = Tracker(load_config().experiment).registered_artifacts()
+    garbage = find_garbage(opened, STAGES, keep_days=days, keep_runs=keep_runs, registered=registered)
+    table = Table(title=f"not needed any more in {opened.url}")
+    for column in ("artifact", "MB", "why"):
+        table.add_column(column, overflow="fold", justify="right" if column == "MB" else "left")
+    for entry in garbage:
+        table.add_row("/".join(entry.name), f"{entry.bytes / 1e6:,.1f}", entry.reason)
+    console.print(table)
+    size = f"{len(garbage)} artifacts, {sum(entry.bytes for entry in garbage) / 1e6:,.1f} MB"
+    if not delete:
+        console.print(f"{size} would be freed; `repae gc --delete` with the same options removes them")
+        return
+    for entry in garbage:
+        if not remove(opened, entry):
+            console.print(f"{'/'.join(entry.name)}: kept, somebody has begun to write it")
+    console.print(f"{size} freed")

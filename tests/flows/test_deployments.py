@@ -1,0 +1,48 @@
+from pathlib import Path
+
+import pytest
+from prefect import State
+from prefect.states import Failed
+
+from flows.deployments import FLOWS, TARGETS, deployments, prefect_yaml
+from repae_core.config import STAGES, preset_names
+from tasks.ray_launch import FinalInputError, WorkersFailedError
+from tasks.stage import may_pass
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_prefect_yaml_is_what_the_table_makes():
+    assert (ROOT / "prefect.yaml").read_text() == prefect_yaml(), "run `make deployments`"
+
+
+def test_every_flow_is_deployed_and_can_be_imported():
+    assert set(FLOWS) == {"full-pipeline", *STAGES}
+    assert len(deployments()) == len(FLOWS) * len(TARGETS)
+    assert {target.preset for target in TARGETS} <= set(preset_names())
+    for name, entrypoint in FLOWS.items():
+        file, _, variable = entrypoint.partition(":")
+        module = __import__(file.removesuffix(".py").replace("/", "."), fromlist=[variable])
+        assert getattr(module, variable).name == name
+
+
+@pytest.mark.parametrize(
+    ("error", "retried"),
+    [
+        (ValueError("bad input"), False),
+        (FinalInputError("bad input in a worker"), False),
+        (WorkersFailedError("three times"), False),
+        (ConnectionError("MLflow away"), True),
+        (OSError("store away"), True),
+    ],
+)
+def test_only_what_may_pass_is_tried_again(error, retried):
+    state: State = Failed(data=error, message="failed")
+    assert may_pass(None, None, state) is retried
+
+
+def test_deploy_without_a_server_names_the_remedy(call, monkeypatch):
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    code, _, err = call("deploy")
+    assert code == 2
+    assert "make serve" in err
