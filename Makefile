@@ -7,7 +7,12 @@ STAMP := $(VENV)/.installed-from-lock
 # One thread a test process, and no spinning of idle OpenMP threads: see docs/environment.md.
 TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 
-.PHONY: help env run serve deployments report test test-slow lint lock clean networks
+DOCKER ?= docker
+COMPOSE ?= $(DOCKER) compose
+# e.g. BUILD_ARGS="--build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu" for a worker image without CUDA
+BUILD_ARGS ?=
+
+.PHONY: help env run serve stack stack-down deployments report test test-slow lint lock clean networks
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | column -t -s $$'\t'
@@ -26,6 +31,18 @@ run: env  ## The quick start: the whole pipeline on handwritten digits, in minut
 
 serve: env  ## Prefect, MLflow and a worker on this machine, until Ctrl-C
 	$(BIN)/repae serve
+
+stack: .env  ## Everything in containers (docker-compose.yml); secrets go into .env
+	DOCKER_BUILDKIT=1 $(DOCKER) build --file infra/Dockerfile --target control --tag repae-control:dev $(BUILD_ARGS) .
+	DOCKER_BUILDKIT=1 $(DOCKER) build --file infra/Dockerfile --target worker --tag repae-worker:dev $(BUILD_ARGS) .
+	$(COMPOSE) up --detach --no-build --wait --wait-timeout 300
+	$(COMPOSE) ps
+
+stack-down:  ## Stop the containers; volumes stay (docker compose down --volumes removes them)
+	$(COMPOSE) down
+
+.env: infra/make_env.py
+	python3 infra/make_env.py .env
 
 deployments: env  ## Write prefect.yaml anew from flows/deployments.py
 	$(BIN)/python -m flows.deployments > prefect.yaml

@@ -1,0 +1,6 @@
+#!/bin/sh
+# Prefect worker whose flow runs drive Ray: a driver must be on a node of the Ray cluster, so this one joins without CPUs.
+set -eu
+ray start --address="$RAY_ADDRESS" --num-cpus=0 --object-store-memory="${RAY_OBJECT_STORE_BYTES:-200000000}" --disable-usage-stats
+repae deploy
+exec prefect worker start --pool repae --type process
