@@ -6,8 +6,13 @@ import sys
 from pathlib import Path
 
 SECRETS = (
-    "POSTGRES_PASSWORD", "PREFECT_DB_PASSWORD", "MLFLOW_DB_PASSWORD", "S3_ACCESS_KEY", "S3_SECRET_KEY", "RAY_AUTH_TOKEN",
-)  # fmt: skip
+    "POSTGRES_PASSWORD",
+    "PREFECT_DB_PASSWORD",
+    "MLFLOW_DB_PASSWORD",
+    "S3_ACCESS_KEY",
+    "S3_SECRET_KEY",
+    "RAY_AUTH_TOKEN",
+)
 
 
 def main(path: Path) -> None:
