@@ -25,8 +25,11 @@ def deploy() -> None:
             "PREFECT_API_URL is not set, so there is no Prefect server to deploy to: start everything with "
             "`make serve`, or set it to your server's .../api"
         )
+    from flows.automations import restart_lost_runs
+
     _prefect("work-pool", "create", WORK_POOL, "--type", "process", "--overwrite")
     _limit_trainings()
+    restart_lost_runs()
     _prefect("--no-prompt", "deploy", "--all", "--prefect-file", "prefect.yaml")
     print(f"{len(deployments())} deployments at {url}; for example: prefect deployment run full-pipeline/dev")
 

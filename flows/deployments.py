@@ -13,12 +13,14 @@ import yaml
 from repae_core.config import STAGES
 
 WORK_POOL = "repae"
+HEARTBEAT_SECONDS = 30  # Prefect's shortest
 TRAINING_LIMIT = "repae-gpu-training"  # global concurrency limit of one: see tasks.training.training_slot
 _HEADER = "# Made by `make deployments` from flows/deployments.py: change it there.\n"
 # What a deployed run sets that `repae run` sets itself, or leaves out because somebody watches it.
 _ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
     "OMP_WAIT_POLICY": "passive",
+    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS),  # what flows.automations watches
     "PREFECT_TASKS_DEFAULT_RETRIES": "2",  # only of failures that may pass: see tasks.stage.may_pass
     "PREFECT_TASKS_DEFAULT_RETRY_DELAY_SECONDS": "20",
 }

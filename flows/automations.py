@@ -1,0 +1,55 @@
+"""Prefect automations that `repae deploy` creates: a flow run whose process vanished is started again."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from prefect.automations import Automation
+from prefect.client.schemas.objects import StateType
+from prefect.events.actions import ChangeFlowRunState
+from prefect.events.schemas.automations import EventTrigger, Posture
+from prefect.events.schemas.events import ResourceSpecification
+
+LOST_AFTER_SECONDS = 120  # longer than the lease of an artifact, so that the new process may take it over
+_NAME = "repae: start runs again that lost their process"
+_HEARTBEAT = "prefect.flow-run.heartbeat"
+_ENDS = {
+    f"prefect.flow-run.{state}"
+    for state in ("Completed", "Failed", "Cancelling", "Cancelled", "Crashed", "AwaitingRetry")
+}
+
+
+def restart_lost_runs() -> None:
+    """Create the automation, or bring the one that is there up to date.
+
+    Without it a run whose worker machine died stays "Running" for ever. Started again it skips finished stages and
+    continues the others from their checkpoints.
+    """
+    automation = Automation(
+        name=_NAME,
+        description=f"No heartbeat for {LOST_AFTER_SECONDS} s: scheduled anew; finished stages are skipped.",
+        trigger=EventTrigger(
+            after={_HEARTBEAT},
+            expect={_HEARTBEAT} | _ENDS,
+            match=ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]}),
+            match_related=ResourceSpecification({"prefect.resource.id": ["prefect.tag.repae"]}),
+            for_each={"prefect.resource.id"},
+            posture=Posture.Proactive,
+            threshold=1,
+            within=timedelta(seconds=LOST_AFTER_SECONDS),
+        ),
+        actions=[
+            ChangeFlowRunState(
+                state=StateType.SCHEDULED,
+                name="AwaitingRetry",
+                message=f"no heartbeat for {LOST_AFTER_SECONDS} s: its process is gone; started again from where it was",
+                force=True,
+            )
+        ],
+    )
+    try:
+        automation.id = Automation.read(name=_NAME).id
+    except ValueError:
+        automation.create()
+    else:
+        automation.update()
