@@ -40,7 +40,7 @@ def load_model(uri: str | Path, *, vae: str | Path | None = None, **settings: An
         ValueError: not a whole artifact of these stages, its inputs are not in the same store, or a `.pt` that is no
             checkpoint or needs a VAE.
     """
-    if str(uri).endswith((".pt", ".pth")):
+    if str(uri).endswith((".pt", ".pth", ".safetensors")):
         return _published_model(load_reference_checkpoint(uri), vae, settings)
     folder, checkpoint = str(uri).rstrip("/"), "last"
     if folder.rpartition("/")[0].endswith(f"/{FOLDER}"):

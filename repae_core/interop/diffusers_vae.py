@@ -69,7 +69,7 @@ def import_diffusers_vae(folder: str | Path) -> tuple[KLVAE, dict[str, Tensor]]:
         with fsspec.open(f"{folder}/config.json", "rb") as file:
             config = json.load(file)
         vae = build_vae(diffusers_architecture(config))
-    except OSError as error:
+    except (OSError, ImportError) as error:
         raise ValueError(f"{folder}/config.json: cannot be read ({error})") from None
     except ValueError as error:
         raise ValueError(f"{folder}/config.json: {error}") from None

@@ -7,6 +7,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from repae_core.artifacts import Artifact, Store
+from repae_core.config import load_config
 from repae_core.interop import export_diffusers_vae, import_diffusers_vae
 from repae_core.models import build_vae
 from repae_core.training.distributed import open_group
@@ -92,6 +93,21 @@ def test_the_initial_vae_by_config(tmp_path, images):
     assert any(not torch.equal(value, before[name]) for name, value in run.state.vae.module.state_dict().items())
 
 
+def test_the_folder_replaces_the_presets_vae(tmp_path):
+    """Its numbers and weights, however it is given: the preset's own do not fit them."""
+    flux_like(tmp_path / "flux")
+    folder = f"{tmp_path}/flux"
+    (tmp_path / "mine.yaml").write_text(f"extends: imagenet256-sdvae\ntrain_repae: {{vae: {{diffusers: {folder}}}}}\n")
+    vaes = [
+        load_config(str(tmp_path / "mine.yaml")).train_repae.vae,
+        load_config("imagenet256-sdvae", [f"train_repae.vae.diffusers={folder}"]).train_repae.vae,
+        load_config("imagenet256-sdvae", [f"train_repae.vae={{diffusers: {folder}}}"]).train_repae.vae,
+    ]
+    assert vaes[0] == vaes[1] == vaes[2]
+    assert vaes[0].latent_channels == 16
+    assert vaes[0].weights == f"{folder}/diffusion_pytorch_model.safetensors"
+
+
 def test_names_of_old_diffusers_files(tmp_path):
     theirs = flux_like(tmp_path / "flux")
     state = load_file(tmp_path / "flux" / "diffusion_pytorch_model.safetensors")
@@ -124,5 +140,8 @@ def test_what_ours_cannot_express(tmp_path, entry, value, message):
         import_diffusers_vae(tmp_path / "flux")
     with pytest.raises(ValueError, match=rf"train_repae\.vae: diffusers: .*flux/config\.json: {message}"):
         tiny.config("digits", tmp_path, f'train_repae.vae={{"diffusers": "{tmp_path}/flux"}}')
+    path.write_text("[1]")
+    with pytest.raises(ValueError, match=r"flux/config\.json: not the settings of a model"):
+        import_diffusers_vae(tmp_path / "flux")
     with pytest.raises(ValueError, match=r"nothing/config\.json"):
         import_diffusers_vae(tmp_path / "nothing")

@@ -196,7 +196,29 @@ def test_damaged_and_foreign_files(tmp_path):
     torch.save([1, 2], tmp_path / "list.pt")
     torch.save({"epoch": 3}, tmp_path / "other.pt")
     torch.save({"conv.weight": torch.ones(3)}, tmp_path / "net.pt")
+    (tmp_path / "text.pt").write_text("hello world " * 50)
+    sit = {"model": {"a": torch.ones(1)}, "ema": {"a": torch.ones(1)}}
+    no_adamw = {"param_groups": [{"params": [0]}], "state": {0: {"momentum": torch.ones(1)}}}
+    foreign = {
+        "numbered.pt": {1: torch.ones(1)},
+        "numbers.pt": {"latents_scale": 1.0, "latents_bias": 0.0},
+        "no-ema.pt": sit | {"ema": None},
+        "words.pt": sit | {"args": "--model SiT-XL/2"},
+        "steps.pt": sit | {"steps": "many"},
+        "opt.pt": sit | {"opt": {"lr": 1e-4}},
+        "sgd.pt": sit | {"opt": no_adamw},
+    }
+    for name, content in foreign.items():
+        torch.save(content, tmp_path / name)
     for name, message in {
+        "text.pt": "not a weights file",
+        "numbered.pt": "no published layout; its entries are 1",
+        "numbers.pt": "no published layout; its entries are latents_scale, latents_bias",
+        "no-ema.pt": "ema is no state dict of tensors",
+        "words.pt": "args must be the training's settings",
+        "steps.pt": "steps a number",
+        "opt.pt": "opt: no state dict of AdamW",
+        "sgd.pt": "opt: no state dict of AdamW",
         "cut.pt": "damaged, or not a weights file",
         "list.pt": "a mapping is expected, not list",
         "other.pt": "no published layout; its entries are epoch",
@@ -207,3 +229,14 @@ def test_damaged_and_foreign_files(tmp_path):
             load_reference_checkpoint(tmp_path / name)
         assert name in str(error.value)
         assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_without_what_is_asked_of_it(tmp_path):
+    torch.save({"model": {"a": torch.ones(1)}, "ema": {"a": torch.ones(1)}}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"other\.pt: no latent statistics in it"):
+        read_latent_stats(tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"other\.pt: no SiT: its state dict has no 'pos_embed'"):
+        load_reference_checkpoint(tmp_path / "other.pt").build_sit()
+    (tmp_path / "cut.safetensors").write_bytes(b"x" * 20)
+    with pytest.raises(ValueError, match=r"cut\.safetensors: damaged"):
+        load_model(tmp_path / "cut.safetensors")
