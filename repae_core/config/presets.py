@@ -116,7 +116,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 
 def _parse(text: str) -> Any:
-    """JSON where it is JSON (numbers, lists, true, null), YAML in brackets (`[a, b]`, `{diffusers: folder}`), else text."""
+    """JSON where it is JSON (numbers, lists, true, null), YAML in brackets (`[a, b]`, `{x: y}`), else the text."""
     if text.lower() in ("none", "null"):
         return None
     try:

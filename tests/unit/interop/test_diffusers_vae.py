@@ -71,9 +71,11 @@ def test_a_vae_without_quant_convolutions(tmp_path):
     ours, stats = import_diffusers_vae(tmp_path / "flux")
     assert (ours.latent_channels, ours.downsample_factor, stats) == (16, 8, {})
     assert_same(ours.eval(), theirs)
-    scale = torch.ones(16)
-    export_diffusers_vae(ours, tmp_path / "again", scale=scale, bias=0 * scale, sample_size=32)
+    export_diffusers_vae(ours, tmp_path / "again")
     assert_same(ours, AutoencoderKL.from_pretrained(tmp_path / "again").eval())
+    assert import_diffusers_vae(tmp_path / "again")[1] == {}
+    with pytest.raises(ValueError, match="both or neither"):
+        export_diffusers_vae(ours, tmp_path / "half", scale=torch.ones(16))
 
 
 def test_the_initial_vae_by_config(tmp_path, images):
