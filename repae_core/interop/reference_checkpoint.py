@@ -70,7 +70,11 @@ class ReferenceCheckpoint:
         if self.vae is None:
             raise ValueError(f"{self.origin}: no VAE in it ({self.kind})")
         groups = int(self.args.get("vae_norm_groups", 32))
-        vae = build_vae(_named(self.origin, vae_spec, self.vae, norm_groups=groups))
+        spec = _named(self.origin, vae_spec, self.vae, norm_groups=groups)
+        try:
+            vae = build_vae(spec)
+        except ValueError as error:
+            raise ValueError(f"{self.origin}: {error}") from None
         load_weights(vae, self.vae, self.origin)
         return vae.eval().requires_grad_(False)
 

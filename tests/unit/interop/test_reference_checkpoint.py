@@ -1,6 +1,7 @@
 """Published REPA-E files: written and read back, refused where they hold code, used like our own checkpoints."""
 
 import argparse
+import dataclasses
 import io
 import os
 
@@ -128,6 +129,15 @@ def test_images_of_a_published_file(trained, tmp_path):
     images = model.sample([0, 1, 2], seed=0)
     assert images.shape == (3, 3, 32, 32)
     assert images.float().std() > 0
+    whole = load_reference_checkpoint(tmp_path / "x.pt")
+    assert whole.args["vae_norm_groups"] == 16  # not the usual 32, and no weight shows it
+    apart = dataclasses.replace(whole, vae=None, discriminator=None, optimizers={})
+    save_reference_checkpoint(apart, tmp_path / "ldm.pt")
+    save_reference_checkpoint(ReferenceCheckpoint(vae=whole.vae), tmp_path / "vae.pt")
+    model = load_model(tmp_path / "ldm.pt", vae=tmp_path / "vae.pt", steps=2, bn_inverse_without_eps=True)
+    assert torch.equal(model.sample([0, 1, 2], seed=0), images)
+    with pytest.raises(ValueError, match=r"vae\.pt: .*norm_groups=32 does not divide the width 16"):
+        load_reference_checkpoint(tmp_path / "vae.pt").build_vae()
 
 
 def test_separate_files(tmp_path):
