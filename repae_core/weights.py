@@ -60,7 +60,7 @@ def read_torch_file(path: str) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
 
 
 def read_state_dict(path: str, *, within: Sequence[str] = ("state_dict",)) -> dict[str, Tensor]:
