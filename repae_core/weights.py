@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import pickle
 import re
+import struct
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +16,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from repae_core.remote_files import local_copy, split_checksum
+
+# What torch's readers raise on bytes of another kind: any text starts like some pickle.
+_DAMAGED = (
+    SafetensorError, RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError,
+    AssertionError, struct.error,
+)  # fmt: skip
 
 
 def read_torch_file(path: str) -> Any:
@@ -32,7 +39,8 @@ def read_torch_file(path: str) -> Any:
         if name.endswith(".safetensors"):
             return load_file(local)
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*TorchScript archive", UserWarning)  # refused below, in one line
+            # Such files are refused below, in one line.
+            warnings.filterwarnings("ignore", ".*(TorchScript archive|pickle protocol)", UserWarning)
             return torch.load(local, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL (\S+)", str(error)) or re.search(r"Unsupported ([^\n]*)", str(error))
@@ -42,7 +50,7 @@ def read_torch_file(path: str) -> Any:
                 "argparse.Namespace are read"
             ) from None
         raise ValueError(f"{name}: not a file of torch.save ({_reason(error)})") from None
-    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+    except _DAMAGED as error:
         if "TorchScript" in str(error):
             raise ValueError(
                 f"{name}: a TorchScript archive, which holds code; save its tensors once, where you trust it: "
@@ -52,7 +60,7 @@ def read_torch_file(path: str) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
 
 
 def read_state_dict(path: str, *, within: Sequence[str] = ("state_dict",)) -> dict[str, Tensor]:
@@ -72,7 +80,8 @@ def read_state_dict(path: str, *, within: Sequence[str] = ("state_dict",)) -> di
 
 def is_state_dict(value: Any) -> bool:
     """Whether a value is a non-empty mapping of names to tensors."""
-    return isinstance(value, dict) and bool(value) and all(isinstance(tensor, Tensor) for tensor in value.values())
+    entries = value.items() if isinstance(value, dict) else ()
+    return bool(entries) and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in entries)
 
 
 def load_weights(module: nn.Module, state: dict[str, Tensor], origin: str, *, assign: bool = False) -> None:

@@ -100,8 +100,9 @@ def make_plan(
     references: stage -> role -> `latest`, a fingerprint prefix or a URI in place of what this config makes.
 
     Raises:
-        ValueError: source, weights file or referenced artifact missing: one line.
+        ValueError: source, weights file, timm model or referenced artifact missing: one line.
     """
+    _require_timm_models(config)
     source = open_source(config.preprocess.source)
     _require_classes(config, len(source.class_names))
     plan = Plan(store, source)
@@ -211,6 +212,19 @@ def _payload(config: PipelineConfig, stage: str, inputs: Mapping[str, Artifact])
         "config": values,
         "inputs": {role: artifact.fingerprint for role, artifact in sorted(inputs.items())},
     }
+
+
+def _require_timm_models(config: PipelineConfig) -> None:
+    """Encoders `timm/<model>`; those of the table are checked by the config itself."""
+    for section in ("train_repae", "cache_latents", "train_ldm"):
+        for name in getattr(config, section).encoder:
+            if name.startswith("timm/"):
+                from repae_core.encoders import encoder_dim  # timm takes seconds to import
+
+                try:
+                    encoder_dim(name)
+                except ValueError as error:
+                    raise ValueError(f"{section}.encoder: {error}") from None
 
 
 def _require_classes(config: PipelineConfig, found: int) -> None:

@@ -58,6 +58,8 @@ def diffusers_architecture(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: an entry that our autoencoder cannot express, or that is missing.
     """
+    if not isinstance(config, Mapping):
+        raise ValueError("not the settings of a model")
     if config.get("_class_name") != "AutoencoderKL":
         raise ValueError(f"_class_name is {config.get('_class_name')!r}, not 'AutoencoderKL'")
     missing = [name for name in ("block_out_channels", "layers_per_block", "latent_channels") if name not in config]

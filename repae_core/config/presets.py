@@ -116,10 +116,16 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 
 def _parse(text: str) -> Any:
-    """JSON where it is JSON (numbers, lists, true, null), else the text itself."""
+    """JSON where it is JSON (numbers, lists, true, null), YAML in brackets (`[a, b]`, `{x: y}`), else the text."""
     if text.lower() in ("none", "null"):
         return None
     try:
         return json.loads(text)
     except json.JSONDecodeError:
-        return {"true": True, "false": False}.get(text.lower(), text)
+        pass
+    if text.startswith(("[", "{")):
+        try:
+            return yaml.safe_load(text)
+        except yaml.YAMLError:
+            return text
+    return {"true": True, "false": False}.get(text.lower(), text)

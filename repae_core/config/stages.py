@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import field_validator
 
+from repae_core.config.encoders import require_encoder
 from repae_core.config.fields import Config, execution, output
 
 
@@ -64,6 +65,13 @@ class CacheLatentsConfig(Config):
     @classmethod
     def _one_or_several(cls, value: Any) -> Any:
         return tuple(v.strip() for v in value.split(",") if v.strip()) if isinstance(value, str) else value
+
+    @field_validator("encoder")
+    @classmethod
+    def _known_encoders(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            require_encoder(name)
+        return value
 
 
 class GenerateConfig(Config):

@@ -9,6 +9,7 @@ import fsspec
 from pydantic import field_validator, model_validator
 
 from repae_core.config.architectures import VAE_ARCHITECTURES, diffusers_architecture, parse_sit_name
+from repae_core.config.encoders import require_encoder
 from repae_core.config.fields import Config, execution, output
 
 SiTName = Literal[
@@ -81,7 +82,8 @@ def _diffusers_folder(diffusers: str, **others: Any) -> dict[str, Any]:
         raise ValueError(f"diffusers: cannot read {folder}/config.json ({error})") from None
     except ValueError as error:
         raise ValueError(f"diffusers: {folder}/config.json: {error}") from None
-    return values | {"weights": f"{folder}/diffusion_pytorch_model.safetensors"} | others
+    # The folder decides: `others` may be the numbers and weights of the preset below.
+    return others | values | {"weights": f"{folder}/diffusion_pytorch_model.safetensors"}
 
 
 class TrainingConfig(Config):
@@ -158,6 +160,13 @@ class TrainingConfig(Config):
     @classmethod
     def _one_or_several(cls, value: Any) -> Any:
         return tuple(v.strip() for v in value.split(",") if v.strip()) if isinstance(value, str) else value
+
+    @field_validator("encoder")
+    @classmethod
+    def _known_encoders(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            require_encoder(name)
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainingConfig:

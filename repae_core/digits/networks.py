@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from repae_core.config.encoders import DIGITS_VIT, ENCODERS
 from repae_core.digits.data import NUM_CLASSES, SIZE
 
-VIT_DIM = 96
-VIT_PATCH = 8
+VIT_DIM, VIT_PATCH = ENCODERS[DIGITS_VIT].dim, ENCODERS[DIGITS_VIT].patch
 
 
 class DigitCNN(nn.Module):

@@ -27,9 +27,11 @@ def timm_state_dict(content: Any, network: nn.Module) -> dict[str, Tensor]:
     state = _without_wrapping(content)
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError("holds no plain state dict of tensors")
-    convert = sys.modules[type(network).__module__].checkpoint_filter_fn
     _check_patches(state, network)
-    state = convert({name: value.float() for name, value in state.items()}, network)
+    state = {name: value.float() for name, value in state.items()}
+    convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
+    if convert is not None:  # some of timm's older models read their own layout only
+        state = convert(state, network)
     return {name: value for name, value in state.items() if not name.startswith(_NO_ENCODER) and name != "mask_token"}
 
 

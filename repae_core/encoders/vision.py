@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from repae_core.encoders.registry import EncoderSpec, encoder_spec
+from repae_core.config.encoders import EncoderSpec
+from repae_core.encoders.registry import encoder_spec
 from repae_core.encoders.spatial_norm import spatial_normalize
 from repae_core.encoders.weights import load_vision_transformer
 

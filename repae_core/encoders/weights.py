@@ -8,9 +8,9 @@ import timm
 import torch
 from torch import nn
 
+from repae_core.config.encoders import DIGITS_VIT, EncoderSpec
 from repae_core.digits.networks import digit_vit, read_committed
 from repae_core.encoders.original_layouts import timm_state_dict
-from repae_core.encoders.registry import DIGITS_VIT, EncoderSpec
 from repae_core.weights import load_weights, read_torch_file
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def load_model(uri: str | Path, *, vae: str | Path | None = None, **settings: An
         ValueError: not a whole artifact of these stages, its inputs are not in the same store, or a `.pt` that is no
             checkpoint or needs a VAE.
     """
-    if str(uri).endswith((".pt", ".pth")):
+    if str(uri).endswith((".pt", ".pth", ".safetensors")):
         return _published_model(load_reference_checkpoint(uri), vae, settings)
     folder, checkpoint = str(uri).rstrip("/"), "last"
     if folder.rpartition("/")[0].endswith(f"/{FOLDER}"):
@@ -66,5 +67,7 @@ def _published_model(checkpoint: ReferenceCheckpoint, vae: str | Path | None, se
     decoder = checkpoint if vae is None else load_reference_checkpoint(vae)
     if decoder.vae is None:
         raise ValueError(f"{decoder.origin}: no VAE in it ({decoder.kind}); give the VAE's file as vae=")
+    # A VAE's own file does not say its number of norm groups; the training's settings do.
+    decoder = dataclasses.replace(decoder, args=checkpoint.args | decoder.args)
     settings = {"path": checkpoint.args.get("path_type", "linear")} | settings
     return Generator(checkpoint.build_sit(), decoder.build_vae(), SamplerSettings(**settings))

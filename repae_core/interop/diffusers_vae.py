@@ -22,12 +22,21 @@ _ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def export_diffusers_vae(vae: KLVAE, folder: str | Path, *, scale: Tensor, bias: Tensor, sample_size: int) -> None:
+def export_diffusers_vae(
+    vae: KLVAE,
+    folder: str | Path,
+    *,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    sample_size: int = 256,
+) -> None:
     """Write a folder that `AutoencoderKL.from_pretrained` loads and that reconstructs equally.
 
-    scale, bias: latent statistics [C]; stored as latents_mean = bias, latents_std = 1/scale; scaling_factor is 1.
-    sample_size: side of the images it was trained on, pixels.
+    scale, bias: latent statistics [C], both or neither; stored as latents_mean = bias, latents_std = 1/scale;
+    scaling_factor is 1. sample_size: side of the images it was trained on, pixels.
     """
+    if (scale is None) != (bias is None):
+        raise ValueError("latent statistics are scale and bias: give both or neither")
     spec = vae.spec
     levels = len(spec["channel_multipliers"])
     model: Any = AutoencoderKL(
@@ -43,8 +52,8 @@ def export_diffusers_vae(vae: KLVAE, folder: str | Path, *, scale: Tensor, bias:
         use_post_quant_conv=spec["quant_conv"],
         sample_size=sample_size,
         scaling_factor=1.0,
-        latents_mean=[float(v) for v in bias.flatten()],
-        latents_std=[float(1 / v) for v in scale.flatten()],
+        latents_mean=None if bias is None else [float(v) for v in bias.flatten()],
+        latents_std=None if scale is None else [float(1 / v) for v in scale.flatten()],
     )
     state = {}
     for name, tensor in vae.state_dict().items():
@@ -69,7 +78,7 @@ def import_diffusers_vae(folder: str | Path) -> tuple[KLVAE, dict[str, Tensor]]:
         with fsspec.open(f"{folder}/config.json", "rb") as file:
             config = json.load(file)
         vae = build_vae(diffusers_architecture(config))
-    except OSError as error:
+    except (OSError, ImportError) as error:
         raise ValueError(f"{folder}/config.json: cannot be read ({error})") from None
     except ValueError as error:
         raise ValueError(f"{folder}/config.json: {error}") from None

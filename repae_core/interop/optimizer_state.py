@@ -35,16 +35,20 @@ def from_positions(saved: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
     discriminator's also holds a log-variance before and LPIPS after): the place is where all shapes fit.
 
     Raises:
-        ValueError: no place fits.
+        ValueError: no place fits, or this is no AdamW's state.
     """
-    groups = saved["param_groups"]
-    indices = [index for group in groups for index in group["params"]]
+    try:
+        groups = saved["param_groups"]
+        indices = [index for group in groups for index in group["params"]]
+        sizes = {index: list(entry["exp_avg"].shape) for index, entry in saved["state"].items()}
+    except (LookupError, TypeError, AttributeError):
+        raise ValueError(f"{origin}: no state dict of AdamW") from None
     names = list(shapes)
     for offset in range(len(indices) - len(names) + 1):
         placed = dict(zip(names, indices[offset:], strict=False))
         found = {name: saved["state"][index] for name, index in placed.items() if index in saved["state"]}
-        strangers = set(saved["state"]) - set(placed.values())
-        if not strangers and all(list(s["exp_avg"].shape) == list(shapes[name]) for name, s in found.items()):
+        strangers = set(sizes) - set(placed.values())
+        if not strangers and all(sizes[placed[name]] == list(shapes[name]) for name in found):
             settings = {key: value for key, value in groups[0].items() if key != "params"}
             return OptimizerState({name: dict(entry) for name, entry in found.items()}, settings)
     raise ValueError(f"{origin}: its shapes do not fit the model's parameters")

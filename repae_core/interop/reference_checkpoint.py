@@ -70,7 +70,11 @@ class ReferenceCheckpoint:
         if self.vae is None:
             raise ValueError(f"{self.origin}: no VAE in it ({self.kind})")
         groups = int(self.args.get("vae_norm_groups", 32))
-        vae = build_vae(_named(self.origin, vae_spec, self.vae, norm_groups=groups))
+        spec = _named(self.origin, vae_spec, self.vae, norm_groups=groups)
+        try:
+            vae = build_vae(spec)
+        except ValueError as error:
+            raise ValueError(f"{self.origin}: {error}") from None
         load_weights(vae, self.vae, self.origin)
         return vae.eval().requires_grad_(False)
 
@@ -97,7 +101,7 @@ def load_reference_checkpoint(path: str | Path) -> ReferenceCheckpoint:
         raise ValueError(f"{origin}: no published layout (a mapping is expected, not {type(content).__name__})")
     if "model" in content and "ema" in content:
         return _training_checkpoint(content, origin)
-    if set(content) == {"latents_scale", "latents_bias"}:
+    if set(content) == {"latents_scale", "latents_bias"} and is_state_dict(content):
         scale, bias = (content[name].flatten() for name in ("latents_scale", "latents_bias"))
         return ReferenceCheckpoint(latent_stats=(scale, bias), origin=origin)
     if not is_state_dict(content):
@@ -118,7 +122,7 @@ def read_latent_stats(path: str | Path) -> tuple[Tensor, Tensor]:
     checkpoint = load_reference_checkpoint(path)
     if checkpoint.latent_stats is not None:
         return checkpoint.latent_stats
-    if checkpoint.ema is None:
+    if checkpoint.ema is None or not {"bn.running_var", "bn.running_mean"} <= checkpoint.ema.keys():
         raise ValueError(f"{path}: no latent statistics in it ({checkpoint.kind})")
     return checkpoint.ema["bn.running_var"].rsqrt(), checkpoint.ema["bn.running_mean"]
 
@@ -139,7 +143,8 @@ def save_reference_checkpoint(checkpoint: ReferenceCheckpoint, path: str | Path)
 
 
 def _training_checkpoint(content: Mapping[str, Any], origin: str) -> ReferenceCheckpoint:
-    parts = {name: _plain(content[name]) for name in ("model", "ema", "vae", "discriminator") if content.get(name)}
+    parts = {name: _plain(content[name]) for name in ("model", "ema")}
+    parts |= {name: _plain(content[name]) for name in ("vae", "discriminator") if content.get(name) is not None}
     for name, state in parts.items():
         if not is_state_dict(state):
             raise ValueError(f"{origin}: {name} is no state dict of tensors")
@@ -148,11 +153,11 @@ def _training_checkpoint(content: Mapping[str, Any], origin: str) -> ReferenceCh
         if content.get(saved) and part in parts:
             shapes = {name: list(parts[part][name].shape) for name in parameter_names(parts[part])}
             optimizers[part] = from_positions(content[saved], shapes, f"{origin}: {saved}")
-    args = content.get("args") or {}
-    args = dict(vars(args)) if isinstance(args, argparse.Namespace) else dict(args)
-    return ReferenceCheckpoint(
-        **parts, optimizers=optimizers, args=args, steps=int(content.get("steps", 0)), origin=origin
-    )
+    args, steps = content.get("args") or {}, content.get("steps", 0)
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    if not isinstance(args, dict) or not isinstance(steps, int):
+        raise ValueError(f"{origin}: args must be the training's settings and steps a number")
+    return ReferenceCheckpoint(**parts, optimizers=optimizers, args=dict(args), steps=steps, origin=origin)
 
 
 def _published(checkpoint: ReferenceCheckpoint) -> dict[str, Any]:
@@ -177,12 +182,14 @@ def _plain(state: Any) -> Any:
     """Without the prefixes that DDP and torch.compile put before names."""
     if not isinstance(state, dict):
         return state
-    return {key.removeprefix("module.").removeprefix("_orig_mod."): value for key, value in state.items()}
+    return {str(key).removeprefix("module.").removeprefix("_orig_mod."): value for key, value in state.items()}
 
 
 def _named(origin: str, read: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
     try:
         spec: dict[str, Any] = read(*args, **kwargs)
+    except KeyError as error:
+        raise ValueError(f"{origin}: its state dict has no {error}") from None
     except ValueError as error:
         raise ValueError(f"{origin}: {error}") from None
     return spec

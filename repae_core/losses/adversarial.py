@@ -46,12 +46,11 @@ class LeCamEMA:
         self.values = torch.tensor([state["real"], state["fake"]])
 
 
-def lecam_loss(logits_real: Tensor, logits_fake: Tensor, ema: LeCamEMA) -> Tensor:
+def lecam_loss(logits_real: Tensor, logits_fake: Tensor, ema_real: Tensor | float, ema_fake: Tensor | float) -> Tensor:
     """LeCam regulariser (Tseng et al. 2021, equation 5, on mean logits, one-sided), unweighted.
 
     `relu(mean D(x) - ema_fake)^2 + relu(ema_real - mean D(recon))^2` with the averages as they were before
-    this step: call `ema.update` afterwards. The means are over all ranks, and so is the gradient.
+    this step (`LeCamEMA.values`). The means are over all ranks, and so is the gradient.
     """
-    ema_real, ema_fake = ema.values.to(logits_real.device)
     mean_real, mean_fake = mean_over_ranks(torch.stack([logits_real.mean(), logits_fake.mean()]))
     return F.relu(mean_real - ema_fake).square() + F.relu(ema_real - mean_fake).square()

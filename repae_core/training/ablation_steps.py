@@ -14,7 +14,7 @@ from repae_core.training.state import Batch, JointObjective, JointState, Metrics
 
 
 def frozen_vae_step(
-    state: JointState, batch: Batch, draws: Draws, objective: JointObjective, *, rate_factor: float = 1.0
+    state: JointState, batch: Batch, objective: JointObjective, draws: Draws, *, rate_factor: float = 1.0
 ) -> Metrics:
     """SiT alone on latents of the VAE as it is; its latent norm keeps the statistics it started with (plain REPA).
 
@@ -25,11 +25,11 @@ def frozen_vae_step(
     with torch.no_grad(), state.timer("vae"):
         encode = state.vae.module.encode
         z = torch.cat([encode(signed_images(b, state)).sample(noise=d.posterior_noise) for b, d in parts])
-    return ldm_step(state, dataclasses.replace(batch, latents=z), draws, objective, rate_factor=rate_factor)
+    return ldm_step(state, dataclasses.replace(batch, latents=z), objective, draws, rate_factor=rate_factor)
 
 
 def naive_end_to_end_step(
-    state: JointState, batch: Batch, draws: Draws, objective: JointObjective, *, rate_factor: float = 1.0
+    state: JointState, batch: Batch, objective: JointObjective, draws: Draws, *, rate_factor: float = 1.0
 ) -> Metrics:
     """The joint step with the diffusion loss also reaching the VAE: z is not detached, nor the batch's statistics.
 

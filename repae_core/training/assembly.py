@@ -151,6 +151,7 @@ def flow_settings(config: TrainingConfig) -> dict[str, Any]:
     """Arguments of FlowObjective."""
     return {
         "interpolant": Interpolant(config.path),
+        "weighting": config.weighting,
         "proj_coeff": config.proj_coeff,
         "max_grad_norm": config.max_grad_norm,
         "ema_decay": config.ema_decay,

@@ -43,8 +43,32 @@ def sample_draws(
     number of workers nor on where a run was stopped, so no generator state has to be saved.
     """
     generators = item_generators(seed, stream, positions)
-    posterior_noise = randn(latent_shape, generators)
-    t = interpolant.sample_time(len(generators), weighting, generators)
-    noise = randn(latent_shape, generators)
-    label_drop = rand((), generators) < drop_prob
+    return draw(
+        generators,
+        latent_shape=latent_shape,
+        interpolant=interpolant,
+        weighting=weighting,
+        drop_prob=drop_prob,
+        device=device,
+    )
+
+
+def draw(
+    generators: Sequence[torch.Generator],
+    *,
+    latent_shape: tuple[int, int, int],
+    interpolant: Interpolant,
+    weighting: str,
+    drop_prob: float,
+    device: torch.device,
+    posterior_noise: Tensor | None = None,
+    t: Tensor | None = None,
+    noise: Tensor | None = None,
+    label_drop: Tensor | None = None,
+) -> Draws:
+    """Draws of one generator an image; what is given is taken as it is, and not drawn."""
+    posterior_noise = randn(latent_shape, generators) if posterior_noise is None else posterior_noise
+    t = interpolant.sample_time(len(generators), weighting, generators) if t is None else t
+    noise = randn(latent_shape, generators) if noise is None else noise
+    label_drop = rand((), generators) < drop_prob if label_drop is None else label_drop
     return Draws(posterior_noise.to(device), t.to(device), noise.to(device), label_drop.to(device))

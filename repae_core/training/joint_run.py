@@ -56,15 +56,16 @@ class JointRun(TrainingRun):
 
     def step(self, index: int, item: tuple[Batch, Draws]) -> Metrics:
         """Warm-up steps of the VAE alone, then joint steps."""
+        batch, draws = item
         warmup = self.joint.vae_warmup_steps
         if index < warmup:
             rate = self.joint.vae_warmup_learning_rate or self.joint.vae_learning_rate
             factor = rate / self.joint.vae_learning_rate
-            return vae_warmup_step(self.state, *item, self.joint_objective, rate_factor=factor)
+            return vae_warmup_step(self.state, batch, self.joint_objective, draws, rate_factor=factor)
         if index == warmup:
             self.start_latent_norm()
         step = STEPS[self.joint.vae_training]
-        return step(self.state, *item, self.joint_objective, rate_factor=self.rate_factor(index - warmup))
+        return step(self.state, batch, self.joint_objective, draws, rate_factor=self.rate_factor(index - warmup))
 
     def start_latent_norm(self) -> None:
         """Given statistics, else measured ones of the VAE's latents, become the latent norm's first running ones."""

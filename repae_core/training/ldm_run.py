@@ -76,7 +76,8 @@ class LDMRun(TrainingRun):
 
     def step(self, index: int, item: tuple[Batch, Draws]) -> Metrics:
         """One latent-only step."""
-        return ldm_step(self.state, *item, self.objective, rate_factor=self.rate_factor(index))
+        batch, draws = item
+        return ldm_step(self.state, batch, self.objective, draws, rate_factor=self.rate_factor(index))
 
     def preview(self, step: int) -> dict[str, str]:
         """Samples of the moving average."""

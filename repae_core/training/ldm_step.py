@@ -9,7 +9,7 @@ from repae_core.training.state import Batch, FlowObjective, LDMState, Metrics
 
 
 def ldm_step(
-    state: LDMState, batch: Batch, draws: Draws, objective: FlowObjective, *, rate_factor: float = 1.0
+    state: LDMState, batch: Batch, objective: FlowObjective, draws: Draws, *, rate_factor: float = 1.0
 ) -> Metrics:
     """One step on z sampled from the cached posterior, latent statistics fixed; returns scalar metrics.
 

@@ -17,7 +17,7 @@ from repae_core.losses import (
     reconstruction_loss,
 )
 from repae_core.models import DiagonalGaussian, drop_labels
-from repae_core.training.draws import Draws
+from repae_core.training.draws import Draws, draw
 from repae_core.training.ema import update_ema
 from repae_core.training.micro_batches import MicroBatch, accumulate, micro_batches
 from repae_core.training.optim import frozen
@@ -26,9 +26,17 @@ from repae_core.training.state import Batch, FlowObjective, JointObjective, Join
 
 
 def repae_step(
-    state: JointState, batch: Batch, draws: Draws, objective: JointObjective, *, rate_factor: float = 1.0
+    state: JointState,
+    batch: Batch,
+    objective: JointObjective,
+    draws: Draws | None = None,
+    *,
+    rate_factor: float = 1.0,
 ) -> Metrics:
     """One joint step; returns this worker's loss terms and the gradient norms before clipping, as scalars.
+
+    draws: of `new_draws`, with given t, noise, posterior noise or label-drop mask for a step that is replayed exactly;
+    None: new ones.
 
     Each phase reads only values from before the step (z and recon are kept from the first), so all three
     losses are known, and known to be finite, before the first optimizer steps.
@@ -36,12 +44,44 @@ def repae_step(
     Raises:
         NonFiniteLossError: a loss term is NaN or infinite on some rank; nothing was updated.
     """
+    draws = new_draws(state, batch, objective) if draws is None else draws
     parts = micro_batches(batch, draws, objective.accumulation_steps)
     z, recon, metrics = vae_phase(state, parts, objective)
     metrics |= discriminator_phase(state, parts, recon, objective)
     metrics |= sit_phase(state, parts, z, objective, train_norm=True)
     apply_updates(state, metrics, objective, rate_factor)
     return metrics
+
+
+def new_draws(
+    state: LDMState,
+    batch: Batch,
+    objective: FlowObjective,
+    *,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    posterior_noise: Tensor | None = None,
+    t: Tensor | None = None,
+    noise: Tensor | None = None,
+    label_drop: Tensor | None = None,
+) -> Draws:
+    """What a step on this batch draws, apart from what is given: noises [B,C,h,w], t [B], label-drop mask [B].
+
+    generator: one, or one an image, on the CPU; None: torch's own.
+    """
+    count, sit = len(batch.labels), state.sit.module
+    shared = generator or torch.default_generator
+    return draw(
+        shared if isinstance(shared, Sequence) else [shared] * count,
+        latent_shape=(sit.in_channels, sit.input_size, sit.input_size),
+        interpolant=objective.interpolant,
+        weighting=objective.weighting,
+        drop_prob=sit.spec["class_dropout_prob"],
+        device=state.device,
+        posterior_noise=posterior_noise,
+        t=t,
+        noise=noise,
+        label_drop=label_drop,
+    )
 
 
 def vae_phase(
@@ -138,7 +178,7 @@ def discriminator_loss(
     loss = on * hinge_discriminator_loss(real, fake)
     metrics = {"disc_loss": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
     if state.lecam is not None:
-        metrics["lecam_loss"] = lecam_loss(real, fake, state.lecam)
+        metrics["lecam_loss"] = lecam_loss(real, fake, *state.lecam.values.to(real.device))
         loss = loss + on * objective.lecam_weight * metrics["lecam_loss"]
         state.lecam.update(real, fake)
     return loss, {name: value.detach() for name, value in metrics.items()}
@@ -159,7 +199,7 @@ def sit_loss(
 
 
 def vae_warmup_step(
-    state: JointState, batch: Batch, draws: Draws, objective: JointObjective, *, rate_factor: float = 1.0
+    state: JointState, batch: Batch, objective: JointObjective, draws: Draws, *, rate_factor: float = 1.0
 ) -> Metrics:
     """One step of the VAE alone: reconstruction, perceptual loss and KL (for a VAE from scratch)."""
 

@@ -112,7 +112,7 @@ class TrainingRun(ABC):
             stream=self.stage,
             latent_shape=(sit.in_channels, sit.input_size, sit.input_size),
             interpolant=self.objective.interpolant,
-            weighting=self.section.weighting,
+            weighting=self.objective.weighting,
             drop_prob=self.section.class_dropout_prob,
             device=self.group.device,
         )

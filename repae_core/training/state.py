@@ -43,10 +43,12 @@ class Batch:
 class FlowObjective:
     """Settings of the SiT loss (system.md section 3.4).
 
+    weighting: distribution of t, where a step draws it itself.
     accumulation_steps: micro-batches a worker splits its batch into; the result is that of one large batch.
     """
 
     interpolant: Interpolant
+    weighting: str = "uniform"
     proj_coeff: float = 0.5
     max_grad_norm: float = 1.0
     ema_decay: float = 0.9999

@@ -39,7 +39,7 @@ for step in range(int(steps)):
     draws = sample_draws(positions[mine], seed=0, stream="s", latent_shape=(4, 8, 8), weighting="uniform",
                          interpolant=Interpolant("linear"), drop_prob=0.1, device=group.device)
     batch = Batch(labels[mine], [features[mine]], images=images[mine])
-    metrics = repae_step(state, batch, draws, objective)
+    metrics = repae_step(state, batch, objective, draws)
     values = group.mean(torch.stack([m.double() for m in metrics.values()])).tolist()
     rows.append(dict(zip(metrics, values)) | {"running_var": float(sit.bn.running_var.sum())})
 if group.rank == 0:

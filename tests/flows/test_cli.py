@@ -35,6 +35,10 @@ def refused(result: tuple[int, str, str], *parts: str) -> None:
         ("train_ldm.encoder_depth=9", ["train_ldm", "encoder_depth=9", "4 blocks"]),
         ("train_ldm.model=SiT-Huge/2", ["train_ldm.model", "SiT-Huge/2"]),
         ("generate.guidance", ["generate.guidance", "="]),
+        ("train_repae.encoder=dinov2-vitb", ["train_repae.encoder", "dinov2-vitb", "did you mean 'dinov2-vit-b'"]),
+        ("train_ldm.encoder=[digits-vit, clip]", ["train_ldm.encoder", "unknown encoder 'clip'", "clip-vit-L"]),
+        ("cache_latents.encoder=nothing", ["cache_latents.encoder", "unknown encoder 'nothing'"]),
+        ("train_repae.encoder=timm/vit_nothing", ["train_repae.encoder", "has no model 'vit_nothing'"]),
     ],
 )
 def test_bad_settings(call, command, value, parts):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from repae_core.encoders.registry import ENCODERS
+from repae_core.config.encoders import ENCODERS
 from repae_core.encoders.vision import FrozenEncoder
 
 DATA = Path(__file__).parents[1] / "data" / "parity"

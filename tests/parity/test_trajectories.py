@@ -15,7 +15,7 @@ from repae_core.training.draws import Draws
 from repae_core.training.ldm_step import ldm_step
 from repae_core.training.optim import Network
 from repae_core.training.repae_step import repae_step
-from repae_core.training.state import Batch, FlowObjective, JointObjective, JointState, LDMState
+from repae_core.training.state import Batch, FlowObjective, JointObjective, JointState, LDMState, Metrics
 
 T, J = tensors("train_trajectory"), scalars("train_trajectory")
 LDM_T, LDM_J = tensors("ldm_only_trajectory"), scalars("ldm_only_trajectory")
@@ -96,6 +96,16 @@ def latent_only_draws(i: int) -> tuple[Batch, Draws]:
     return batch, Draws(LDM_T["in.posterior_noise"][i], t, LDM_T["in.noises"][i], no_drop)
 
 
+def joint_step(state: JointState, i: int, objective: JointObjective) -> Metrics:
+    batch, draws = joint_draws(i)
+    return repae_step(state, batch, objective, draws)
+
+
+def latent_only_step(state: LDMState, i: int, objective: FlowObjective) -> Metrics:
+    batch, draws = latent_only_draws(i)
+    return ldm_step(state, batch, objective, draws)
+
+
 @pytest.mark.parametrize("trainable_pos_embed", [True, False])
 def test_joint_steps(trainable_pos_embed: bool) -> None:
     """Every loss, norm and statistic of five steps, and what the final networks compute.
@@ -126,7 +136,7 @@ def check_joint_run(trainable_pos_embed: bool, rounding_seed: int) -> None:
     seen: dict[str, Tensor] = {}
     state.vae.module.register_forward_hook(lambda _, __, out: seen.update(z=out[1].detach(), recon=out[2].detach()))
     for i in range(5):
-        metrics = repae_step(state, *joint_draws(i), objective)
+        metrics = joint_step(state, i, objective)
         for ours, theirs in NAMES.items():
             same(metrics[ours], expected[i][theirs], i, ours)
         same(metrics["kl_loss"] * 1e-6, expected[i]["weighted_kl_loss"], i, "kl")
@@ -206,8 +216,7 @@ def test_first_joint_step_in_detail() -> None:
                 {name: {n: p.grad.double().norm().item() for n, p in trained.module.named_parameters()}}
             )
         )
-    batch, draws = joint_draws(0)
-    repae_step(state, batch, draws, JointObjective(Interpolant("linear"), perceptual_weight=0.0))
+    joint_step(state, 0, JointObjective(Interpolant("linear"), perceptual_weight=0.0))
     same(torch.cat([seen["posterior"].mean, seen["posterior"].logvar], 1).detach(), T["step0.moments"], 0, "moments")
     same(seen["z"].detach(), T["step0.z"], 0, "z")
     same(seen["recon"].detach(), T["step0.recon"], 0, "recon")
@@ -225,7 +234,7 @@ def test_latent_only_steps() -> None:
     state = latent_only_state()
     sit = state.sit.module
     for i in range(5):
-        metrics = ldm_step(state, *latent_only_draws(i), FlowObjective(Interpolant("linear")))
+        metrics = latent_only_step(state, i, FlowObjective(Interpolant("linear")))
         for name in ("flow_loss", "align_loss", "sit_loss", "grad_norm_sit"):
             same(metrics[name], LDM_J["steps"][i][NAMES[name]], i, name)
     before = filled_sit(LDM_J["settings"]["sit"], LDM_T)
@@ -246,9 +255,9 @@ def test_the_moving_average_follows_every_step(loop: str) -> None:
     for i in range(2):
         before = {name: value.clone() for name, value in state.ema.state_dict().items()}
         if loop == "joint":
-            repae_step(state, *joint_draws(i), JointObjective(Interpolant("linear"), ema_decay=0.7))
+            joint_step(state, i, JointObjective(Interpolant("linear"), ema_decay=0.7))
         else:
-            ldm_step(state, *latent_only_draws(i), FlowObjective(Interpolant("linear"), ema_decay=0.7))
+            latent_only_step(state, i, FlowObjective(Interpolant("linear"), ema_decay=0.7))
         after, raw = state.ema.state_dict(), state.sit.module.state_dict()
         for name, value in before.items():
             expected = value + 0.3 * (raw[name] - value) if value.is_floating_point() else raw[name]

@@ -106,3 +106,12 @@ def test_labels_are_canonical_text(labels):
 
 def test_no_perceptual_network_can_be_said_on_the_command_line():
     assert load_config("quickstart", ["train_repae.perceptual_loss=none"]).train_repae.perceptual_loss == "none"
+
+
+def test_lists_and_sections_without_quotes(tmp_path):
+    """As docs write them: JSON's quotes are not needed in brackets."""
+    config = load_config("quickstart", ["train_repae.encoder=[digits-vit, dinov2-vit-b]", "train_ldm.encoder=[]"])
+    assert config.train_repae.encoder == ("digits-vit", "dinov2-vit-b")
+    assert config.train_ldm.encoder == ()
+    vae = load_config("quickstart", ["train_repae.vae={base_channels: 64, norm_groups: 8}"]).train_repae.vae
+    assert (vae.base_channels, vae.norm_groups, vae.weights) == (64, 8, "")

@@ -36,7 +36,10 @@ def test_known_names():
     [
         ("dinov2-vitb", r"unknown encoder 'dinov2-vitb' \(did you mean 'dinov2-vit-b'\?\)"),
         ("timm/vit_nothing", "unknown encoder 'timm/vit_nothing': timm .* has no model 'vit_nothing'"),
+        ("timm/vit_tiny_patch16_224.nothing", "unknown encoder 'timm/vit_tiny_patch16_224.nothing': .*tag"),
         ("timm/resnet18", "encoder 'timm/resnet18' has no patch tokens"),
+        ("timm/xcit_nano_12_p16_224", "has no patch tokens"),
+        ("timm/vit_base_r50_s16_224", "has no patch tokens"),  # a hybrid: patches of a ResNet's feature map
     ],
 )
 def test_unknown_names(name, message):
@@ -63,6 +66,20 @@ def test_features_are_those_of_timm_itself(vit_tiny):
     with torch.no_grad():
         expected = network.forward_features((pixels / 255 - mean) / std)[:, 1:]
     torch.testing.assert_close(encoder(pixels), expected)
+
+
+def test_a_model_whose_module_converts_no_files(tmp_path):
+    """timm's ConViT has no conversion: its own layout is read as it is."""
+    torch.manual_seed(0)
+    network = timm.create_model("convit_tiny", pretrained=False).eval()
+    torch.save(network.state_dict(), tmp_path / "convit.pth")
+    pixels = torch.randint(0, 256, (1, 3, 224, 224), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    mean, std = (torch.tensor(network.default_cfg[k]).view(1, 3, 1, 1) for k in ("mean", "std"))
+    with torch.no_grad():
+        expected = network.forward_features((pixels / 255 - mean) / std)[:, 1:]
+    torch.testing.assert_close(
+        build_encoder("timm/convit_tiny", str(tmp_path / "convit.pth"), grid=14)(pixels), expected
+    )
 
 
 def test_default_grid(vit_tiny, images):

@@ -8,8 +8,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from repae_core.config.encoders import ENCODERS, EncoderSpec
 from repae_core.encoders import build_encoder
-from repae_core.encoders.registry import ENCODERS, EncoderSpec
 from repae_core.encoders.vision import FrozenEncoder
 
 GRID = 2

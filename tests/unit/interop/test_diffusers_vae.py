@@ -7,6 +7,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from repae_core.artifacts import Artifact, Store
+from repae_core.config import load_config
 from repae_core.interop import export_diffusers_vae, import_diffusers_vae
 from repae_core.models import build_vae
 from repae_core.training.distributed import open_group
@@ -70,9 +71,11 @@ def test_a_vae_without_quant_convolutions(tmp_path):
     ours, stats = import_diffusers_vae(tmp_path / "flux")
     assert (ours.latent_channels, ours.downsample_factor, stats) == (16, 8, {})
     assert_same(ours.eval(), theirs)
-    scale = torch.ones(16)
-    export_diffusers_vae(ours, tmp_path / "again", scale=scale, bias=0 * scale, sample_size=32)
+    export_diffusers_vae(ours, tmp_path / "again")
     assert_same(ours, AutoencoderKL.from_pretrained(tmp_path / "again").eval())
+    assert import_diffusers_vae(tmp_path / "again")[1] == {}
+    with pytest.raises(ValueError, match="both or neither"):
+        export_diffusers_vae(ours, tmp_path / "half", scale=torch.ones(16))
 
 
 def test_the_initial_vae_by_config(tmp_path, images):
@@ -90,6 +93,21 @@ def test_the_initial_vae_by_config(tmp_path, images):
     history = run.run(report=lambda progress: None, guard=lambda: None, record={})
     assert history[-1]["grad_norm_vae"] > 0
     assert any(not torch.equal(value, before[name]) for name, value in run.state.vae.module.state_dict().items())
+
+
+def test_the_folder_replaces_the_presets_vae(tmp_path):
+    """Its numbers and weights, however it is given: the preset's own do not fit them."""
+    flux_like(tmp_path / "flux")
+    folder = f"{tmp_path}/flux"
+    (tmp_path / "mine.yaml").write_text(f"extends: imagenet256-sdvae\ntrain_repae: {{vae: {{diffusers: {folder}}}}}\n")
+    vaes = [
+        load_config(str(tmp_path / "mine.yaml")).train_repae.vae,
+        load_config("imagenet256-sdvae", [f"train_repae.vae.diffusers={folder}"]).train_repae.vae,
+        load_config("imagenet256-sdvae", [f"train_repae.vae={{diffusers: {folder}}}"]).train_repae.vae,
+    ]
+    assert vaes[0] == vaes[1] == vaes[2]
+    assert vaes[0].latent_channels == 16
+    assert vaes[0].weights == f"{folder}/diffusion_pytorch_model.safetensors"
 
 
 def test_names_of_old_diffusers_files(tmp_path):
@@ -124,5 +142,8 @@ def test_what_ours_cannot_express(tmp_path, entry, value, message):
         import_diffusers_vae(tmp_path / "flux")
     with pytest.raises(ValueError, match=rf"train_repae\.vae: diffusers: .*flux/config\.json: {message}"):
         tiny.config("digits", tmp_path, f'train_repae.vae={{"diffusers": "{tmp_path}/flux"}}')
+    path.write_text("[1]")
+    with pytest.raises(ValueError, match=r"flux/config\.json: not the settings of a model"):
+        import_diffusers_vae(tmp_path / "flux")
     with pytest.raises(ValueError, match=r"nothing/config\.json"):
         import_diffusers_vae(tmp_path / "nothing")

@@ -1,6 +1,7 @@
 """Published REPA-E files: written and read back, refused where they hold code, used like our own checkpoints."""
 
 import argparse
+import dataclasses
 import io
 import os
 
@@ -128,6 +129,15 @@ def test_images_of_a_published_file(trained, tmp_path):
     images = model.sample([0, 1, 2], seed=0)
     assert images.shape == (3, 3, 32, 32)
     assert images.float().std() > 0
+    whole = load_reference_checkpoint(tmp_path / "x.pt")
+    assert whole.args["vae_norm_groups"] == 16  # not the usual 32, and no weight shows it
+    apart = dataclasses.replace(whole, vae=None, discriminator=None, optimizers={})
+    save_reference_checkpoint(apart, tmp_path / "ldm.pt")
+    save_reference_checkpoint(ReferenceCheckpoint(vae=whole.vae), tmp_path / "vae.pt")
+    model = load_model(tmp_path / "ldm.pt", vae=tmp_path / "vae.pt", steps=2, bn_inverse_without_eps=True)
+    assert torch.equal(model.sample([0, 1, 2], seed=0), images)
+    with pytest.raises(ValueError, match=r"vae\.pt: .*norm_groups=32 does not divide the width 16"):
+        load_reference_checkpoint(tmp_path / "vae.pt").build_vae()
 
 
 def test_separate_files(tmp_path):
@@ -196,7 +206,29 @@ def test_damaged_and_foreign_files(tmp_path):
     torch.save([1, 2], tmp_path / "list.pt")
     torch.save({"epoch": 3}, tmp_path / "other.pt")
     torch.save({"conv.weight": torch.ones(3)}, tmp_path / "net.pt")
+    (tmp_path / "text.pt").write_text("hello world " * 50)
+    sit = {"model": {"a": torch.ones(1)}, "ema": {"a": torch.ones(1)}}
+    no_adamw = {"param_groups": [{"params": [0]}], "state": {0: {"momentum": torch.ones(1)}}}
+    foreign = {
+        "numbered.pt": {1: torch.ones(1)},
+        "numbers.pt": {"latents_scale": 1.0, "latents_bias": 0.0},
+        "no-ema.pt": sit | {"ema": None},
+        "words.pt": sit | {"args": "--model SiT-XL/2"},
+        "steps.pt": sit | {"steps": "many"},
+        "opt.pt": sit | {"opt": {"lr": 1e-4}},
+        "sgd.pt": sit | {"opt": no_adamw},
+    }
+    for name, content in foreign.items():
+        torch.save(content, tmp_path / name)
     for name, message in {
+        "text.pt": "not a weights file",
+        "numbered.pt": "no published layout; its entries are 1",
+        "numbers.pt": "no published layout; its entries are latents_scale, latents_bias",
+        "no-ema.pt": "ema is no state dict of tensors",
+        "words.pt": "args must be the training's settings",
+        "steps.pt": "steps a number",
+        "opt.pt": "opt: no state dict of AdamW",
+        "sgd.pt": "opt: no state dict of AdamW",
         "cut.pt": "damaged, or not a weights file",
         "list.pt": "a mapping is expected, not list",
         "other.pt": "no published layout; its entries are epoch",
@@ -207,3 +239,14 @@ def test_damaged_and_foreign_files(tmp_path):
             load_reference_checkpoint(tmp_path / name)
         assert name in str(error.value)
         assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_without_what_is_asked_of_it(tmp_path):
+    torch.save({"model": {"a": torch.ones(1)}, "ema": {"a": torch.ones(1)}}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"other\.pt: no latent statistics in it"):
+        read_latent_stats(tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"other\.pt: no SiT: its state dict has no 'pos_embed'"):
+        load_reference_checkpoint(tmp_path / "other.pt").build_sit()
+    (tmp_path / "cut.safetensors").write_bytes(b"x" * 20)
+    with pytest.raises(ValueError, match=r"cut\.safetensors: damaged"):
+        load_model(tmp_path / "cut.safetensors")

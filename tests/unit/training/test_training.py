@@ -14,7 +14,7 @@ from repae_core.training.draws import sample_draws
 from repae_core.training.joint_run import JointRun
 from repae_core.training.optim import Network, rate_factor
 from repae_core.training.precision import NonFiniteLossError, require_finite
-from repae_core.training.repae_step import repae_step
+from repae_core.training.repae_step import new_draws, repae_step
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ def test_diffusion_loss_does_not_reach_the_vae(config, images, tmp_path):
     assert batch_again.features[0].shape == (8, 16, 96)
     seen = []
     run.state.vae.backward = lambda loss: seen.append(torch.autograd.grad(loss, run.state.vae.parameters()[0])[0])
-    metrics = repae_step(run.state, batch, draws, run.objective)
+    metrics = repae_step(run.state, batch, run.objective, draws)
     assert float(metrics["vae_loss"]) == pytest.approx(float(metrics["recon_loss"]))
     assert float(metrics["flow_loss"]) > 0
     only_recon = torch.autograd.grad(
@@ -160,9 +160,34 @@ def test_non_finite_loss_names_the_term_and_updates_nothing(config, images, tmp_
     batch = batch.__class__(batch.labels, [torch.full_like(batch.features[0], float("nan"))], images=batch.images)
     before = run.state.vae.module.decoder.conv_out.weight.clone()
     with pytest.raises(NonFiniteLossError, match="align_loss"):
-        repae_step(run.state, batch, draws, run.objective)
+        repae_step(run.state, batch, run.objective, draws)
     assert torch.equal(run.state.vae.module.decoder.conv_out.weight, before)
     require_finite({"a": torch.zeros(())}, run.group)
+
+
+def test_a_step_draws_what_it_is_not_given(config, images, tmp_path):
+    """t, noises and dropped labels: each given one is taken, the others come from the generator (or torch's own)."""
+    run = start(config, images, folder(tmp_path))
+    batch, _ = next(run.batches(2))
+    drawn = new_draws(run.state, batch, run.objective, generator=torch.Generator().manual_seed(3))
+    again = new_draws(run.state, batch, run.objective, generator=torch.Generator().manual_seed(3))
+    shape = (8, run.state.sit.module.in_channels, 8, 8)
+    assert (drawn.noise.shape, drawn.posterior_noise.shape, drawn.t.shape) == (shape, shape, (8,))
+    assert len(drawn.t.unique()) == 8
+    assert all(torch.equal(value, vars(again)[name]) for name, value in vars(drawn).items())
+    one_an_image = [torch.Generator().manual_seed(i) for i in range(8)]
+    given = {"t": torch.full((8,), 0.25), "label_drop": torch.ones(8, dtype=torch.bool)}
+    mixed = new_draws(run.state, batch, run.objective, generator=one_an_image, **given)
+    assert all(torch.equal(vars(mixed)[name], value) for name, value in given.items())
+    torch.testing.assert_close(
+        mixed.posterior_noise[3], torch.randn(shape[1:], generator=torch.Generator().manual_seed(3))
+    )
+    torch.manual_seed(5)
+    free = repae_step(run.state, batch, run.objective)
+    run = start(config, images, folder(tmp_path))
+    torch.manual_seed(5)
+    replayed = repae_step(run.state, batch, run.objective, new_draws(run.state, batch, run.objective))
+    assert free["sit_loss"] == replayed["sit_loss"]
 
 
 def test_draws_depend_on_position_only():
