@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import cast
 
 from prefect.automations import Automation
 from prefect.client.schemas.objects import StateType
@@ -42,13 +43,13 @@ def restart_lost_runs() -> None:
             ChangeFlowRunState(
                 state=StateType.SCHEDULED,
                 name="AwaitingRetry",
-                message=f"no heartbeat for {LOST_AFTER_SECONDS} s: its process is gone; started again from where it was",
+                message=f"no heartbeat for {LOST_AFTER_SECONDS} s: its process is gone; it continues where it was",
                 force=True,
             )
         ],
     )
     try:
-        automation.id = Automation.read(name=_NAME).id
+        automation.id = cast(Automation, Automation.read(name=_NAME)).id
     except ValueError:
         automation.create()
     else:

@@ -3,4 +3,4 @@
 set -eu
 ray start --address="$RAY_ADDRESS" --num-cpus=0 --object-store-memory="${RAY_OBJECT_STORE_BYTES:-200000000}" --disable-usage-stats
 repae deploy
-exec prefect worker start --pool repae --type process
+exec prefect worker start --pool repae --type process --with-healthcheck
