@@ -22,16 +22,23 @@ _ABSENT: Any = cast(Any, SkipJsonSchema)[None]  # allowed, but not offered in th
 
 
 def _optional(model: type[BaseModel]) -> type[BaseModel]:
-    """The same fields, each optional: None = as in the preset; no unions in the form."""
+    """The same fields, each optional: None = as in the preset; no unions in the form.
+
+    `position` keeps Prefect's form in the order of the config: it sorts by name otherwise.
+    """
     fields: dict[str, Any] = {}
-    for name, field in model.model_fields.items():
+    for position, (name, field) in enumerate(model.model_fields.items()):
+        extra: Any = {"position": position}
         annotation: Any = field.annotation
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             nested = _optional(annotation)
-            fields[name] = (nested, Field(default_factory=nested, description=field.description))
+            fields[name] = (
+                nested,
+                Field(default_factory=nested, description=field.description, json_schema_extra=extra),
+            )
             continue
         constrained: Any = Annotated[annotation, *field.metadata] if field.metadata else annotation
-        fields[name] = (constrained | _ABSENT, Field(None, description=field.description))
+        fields[name] = (constrained | _ABSENT, Field(None, description=field.description, json_schema_extra=extra))
     return create_model(
         f"{model.__name__}Overrides",
         __config__=ConfigDict(extra="forbid", protected_namespaces=()),
