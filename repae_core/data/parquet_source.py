@@ -41,7 +41,10 @@ class ParquetReader(StoredReader):
     def read_bytes(self, item: SourceItem) -> bytes:
         """The image's bytes."""
         table, group, row = item.place
-        value = self._group(table, group)[row].as_py()
+        try:
+            value = self._group(table, group)[row].as_py()
+        except UnicodeDecodeError:
+            raise BadImageError("the path in this row is not UTF-8") from None
         if isinstance(value, dict):
             if value.get("bytes") is None and value.get("path"):
                 raise BadImageError("the table holds a path instead of the image")
@@ -121,7 +124,7 @@ def open_parquet(location: Location, tables: Sequence[str], others: Sequence[str
                     raise ValueError(f"{where} has other columns or classes than {tables[0]}")
                 columns = here
                 _list_rows(file, name, number, here[1], found, skipped)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{where} cannot be read: {' '.join(str(error).split())[:200]}") from None
     assert columns is not None
     image, _, names = columns
@@ -168,7 +171,10 @@ def _columns(schema: pa.Schema, where: str) -> tuple[str, str, list[str] | None]
     label = _only(
         "label", [f.name for f in schema if is_label(f)], [n for n in stated if stated[n] == "ClassLabel"], where
     )
-    return image, label, features.get(label, {}).get("names")
+    names = features.get(label, {}).get("names")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ValueError(f"{where}: the metadata's class names of column {label} are no list of names")
+    return image, label, names
 
 
 def _only(kind: str, possible: list[str], stated: list[str], where: str) -> str:

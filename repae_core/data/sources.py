@@ -93,7 +93,7 @@ class ImageSource:
 
 
 def _sha256(listing: Any) -> str:
-    return hashlib.sha256(json.dumps(listing, ensure_ascii=False).encode("utf-8", "surrogateescape")).hexdigest()
+    return hashlib.sha256(json.dumps(listing, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def open_source(source: str) -> ImageSource:

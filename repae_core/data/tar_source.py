@@ -84,7 +84,7 @@ def tar_members(location: Location, tar: str, number: int) -> Iterator[Member]:
             stream.seek(archive.offset)
             if any(stream.read(tarfile.BLOCKSIZE)):
                 raise tarfile.ReadError("no header where one must be")
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError, OverflowError) as error:  # also sizes and times beyond bounds
         raise ValueError(
             f"preprocess.source: {path} is damaged or cut off after {ascii(last)[1:-1]}: {error}"
         ) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -101,7 +102,7 @@ def _label(parts: dict[str, Member]) -> Label | Skipped:
         text = (parts["cls"].content or b"").decode("utf-8", "replace").strip()
         if not text:
             return Skipped("", "no label in .cls")
-        return int(text) if text.lstrip("-").isdecimal() and len(text) < 20 else text
+        return int(text) if re.fullmatch(r"-?\d{1,19}", text) else text
     if "json" not in parts:
         return Skipped("", "no label (.cls or .json)")
     try:

@@ -69,7 +69,7 @@ def open_zip(location: Location) -> ImageSource:
     try:
         with location.fs.open(f"{location.path}/{name}", "rb") as stream, zipfile.ZipFile(stream) as archive:
             members = archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError) as error:
+    except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError) as error:
         raise ValueError(f"preprocess.source: {location.path}/{name} is damaged or cut off: {error}") from None
     listing = Listing()
     for info in members:
