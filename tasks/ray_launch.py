@@ -168,7 +168,11 @@ def _fit(
 
     with tempfile.TemporaryDirectory(prefix="repae-ray-", ignore_cleanup_errors=True) as scratch:
         trainer = _trainer(
-            {"worker": worker, "payload": payload, "mailbox": mailbox}, scratch, workers=workers, cpus=cpus, gpus=gpus
+            {"worker": worker, "payload": payload, "mailbox": mailbox, "folder": os.getcwd()},
+            scratch,
+            workers=workers,
+            cpus=cpus,
+            gpus=gpus,
         )
         try:
             result = interruptible(trainer.fit, meanwhile=deliver)
@@ -235,6 +239,8 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
     """Runs in each Ray worker."""
     import ray
 
+    with contextlib.suppress(OSError):  # on the driver's machine relative paths of a config mean the same
+        os.chdir(config["folder"])
     put = config["mailbox"].put.remote
     try:
         result: dict[str, Any] = config["worker"](config["payload"], put)

@@ -42,7 +42,8 @@ def kill_a_worker(killed: list[str], key: str, folder: Store) -> None:
         time.sleep(0.02)
 
 
-def test_two_workers_write_the_same_bytes(tmp_path, home):
+def test_two_workers_write_the_same_bytes(tmp_path, home, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # Ray's workers have another working folder, where `images` does not exist
     images = tiny.write_images(tmp_path / "images")
     small = ("preprocess.images_per_shard=4", "cache_latents.flip=true", "cache_latents.batch_size=1")
     workers = ("preprocess.workers=2", "cache_latents.workers=2", "cache_latents.cpus_per_worker=1",
@@ -52,7 +53,7 @@ def test_two_workers_write_the_same_bytes(tmp_path, home):
     store = Store(str(tmp_path / "two"))
     thread = threading.Thread(target=kill_a_worker, args=(killed, ".safetensors", store))
     thread.start()
-    two = run_stages(tiny.config(images, store.url, *small, *workers))
+    two = run_stages(tiny.config("images", store.url, *small, *workers))
     thread.join()
     assert killed, "no worker was killed: the test proves less"
     for stage in STAGES:
