@@ -33,6 +33,16 @@ with open_run(tiny.config(source, store, *sets), kind=stage) as run:
 """
 
 
+def processes_of(home: Path) -> list[psutil.Process]:
+    """Every process whose REPAE_HOME that is: what a run started inherits it."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("REPAE_HOME") == str(home) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
 class Driver:
     """One stage's run, started as often as need be.
 
@@ -66,12 +76,7 @@ class Driver:
 
     def processes(self) -> list[psutil.Process]:
         """Every process that works, or was left behind, in this home."""
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if process.environ().get("REPAE_HOME") == str(self.home) and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-        return found
+        return processes_of(self.home)
 
     def workers(self) -> list[psutil.Process]:
         """The Ray Train workers among them."""

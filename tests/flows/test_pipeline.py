@@ -264,6 +264,26 @@ def test_latest_and_prefix_references(finished):
     assert plan.stages["generate"].inputs["model"].fingerprint == finished.artifact("train-ldm").fingerprint
 
 
+def test_a_finished_run_continues_for_longer(finished):
+    """The plan offers it; 4 steps and then to 6 are 6 at once, to the last bit."""
+    longer = ("train_ldm.max_steps=6", "train_ldm.keep_checkpoints=9")
+    before = finished.artifact("train-ldm")
+    reason = decide_all(make_plan(finished.configure(*longer), finished.store), set())["train-ldm"].reason
+    offer = f"train_ldm.init_from={before.fingerprint}"
+    assert reason == f"max_steps: 4 -> 6 (add --set {offer} to continue its 4 steps)"
+    other = finished.configure(*longer, "train_ldm.learning_rate=0.5")
+    assert "init_from" not in decide_all(make_plan(other, finished.store), set())["train-ldm"].reason
+    continued = finished.run(*longer, offer).stages["train-ldm"]
+    at_once = finished.run(*longer).stages["train-ldm"]
+    assert continued.fingerprint != at_once.fingerprint
+    one, other = (Artifact(finished.store, "train-ldm", stage.fingerprint) for stage in (continued, at_once))
+    assert committed_checkpoints(one) == [48]
+    assert committed_checkpoints(other) == [16, 32, 48]
+    final = {name: digest for name, digest in tiny.contents(other).items() if name.startswith("checkpoints/48/")}
+    assert final.items() <= tiny.contents(one).items()
+    assert tiny.contents(one)["metrics.jsonl"] == tiny.contents(other)["metrics.jsonl"]
+
+
 def test_generation_from_the_joint_model(finished):
     record = finished.run("generate.model=train-repae", "evaluate.untrained_baseline=false")
     assert made(record) == ["generate", "evaluate"]
