@@ -12,6 +12,7 @@ from PIL import Image
 
 from repae_core import load_model
 from repae_core.artifacts import Artifact, Lease, LeaseHeld, Store, list_runs
+from repae_core.artifacts.checkpoints import committed_checkpoints
 from repae_core.config import STAGES
 from tasks.pipeline_run import open_run
 from tasks.plan import decide_all, make_plan
