@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from supervised import processes_of
 from flows.parameters import Overrides
 from repae_core.artifacts import Artifact, Store
 from repae_core.artifacts.checkpoints import committed_checkpoints
+from repae_core.config import load_config
 
 SERVE = """
 from flows.environment import prepare_environment
@@ -43,6 +45,7 @@ class Prefect:
             "PREFECT_API_URL": f"http://127.0.0.1:{self.port}/api",
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "PREFECT_LOGGING_TO_API_ENABLED": "false",
+            "PREFECT_LOGGING_LEVEL": "ERROR",
             "PREFECT_RUNNER_POLL_FREQUENCY": "1",
             "DO_NOT_TRACK": "1",
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
@@ -70,17 +73,15 @@ class Prefect:
 
     def run(self, parameters: str) -> str:
         """Start a run of the deployment; its id."""
-        import re
-
         output = self.command("deployment", "run", "train-repae/here", "--params", parameters)
         found = re.search(r"[0-9a-f]{8}-[0-9a-f-]{27}", output)
         assert found, output
         return found.group(0)
 
     def flow_processes(self) -> list[psutil.Process]:
-        """Every process of a flow run: all in this home but the two that were started here."""
+        """Every process of a flow run: all in this home but the two that were started here and their semaphores'."""
         mine = {process.pid for process in self.started}
-        return [process for process in processes_of(self.home) if process.pid not in mine]
+        return [p for p in processes_of(self.home) if p.pid not in mine and "resource_tracker" not in str(p.cmdline())]
 
     def close(self) -> None:
         for process in processes_of(self.home):
@@ -105,8 +106,6 @@ def prefect(tmp_path: Path):
 
 def parameters(source: Path) -> str:
     """The tiny config as the flow's form sends it."""
-    from repae_core.config import load_config
-
     values = load_config("quickstart", [*tiny.overrides(source), *SETTINGS]).model_dump(mode="json")
     overrides = Overrides(**{name: values[name] for name in ("preprocess", "train_repae")})
     return f'{{"preset": "quickstart", "inputs": "auto", "overrides": {overrides.model_dump_json(exclude_none=True)}}}'
@@ -133,7 +132,7 @@ def test_a_cancelled_training_leaves_nothing_and_goes_on(prefect, tmp_path):
         return [c for f in store.folders("train-repae") for c in committed_checkpoints(Artifact(store, "train-repae", f))]
 
     first = prefect.run(parameters(source))
-    wait_for(checkpoints, 240, log)
+    wait_for(checkpoints, 400, log)
     assert any("ray::RayTrainWorker" in " ".join(process.cmdline()) for process in prefect.flow_processes())
     began = time.monotonic()
     prefect.command("flow-run", "cancel", first)
@@ -149,7 +148,7 @@ def test_a_cancelled_training_leaves_nothing_and_goes_on(prefect, tmp_path):
 
     second = prefect.run(parameters(source))
     artifact = Artifact(store, "train-repae", store.folders("train-repae")[0])
-    wait_for(artifact.is_whole, 300, log)
+    wait_for(artifact.is_whole, 400, log)
     wait_for(lambda: not prefect.flow_processes(), 60, log)
     assert "COMPLETED" in prefect.command("flow-run", "inspect", second).upper()
     assert artifact.verify() == []
