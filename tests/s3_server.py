@@ -33,7 +33,13 @@ class S3Server:
         """Start, and wait until it answers."""
         folder = self._folder
         folder.mkdir(parents=True, exist_ok=True)
-        unused = ("-admin.ui=false", "-webdav=false", "-master.telemetry=false", "-s3.port.iceberg=0", "-s3.port.lance=0")
+        unused = (
+            "-admin.ui=false",
+            "-webdav=false",
+            "-master.telemetry=false",
+            "-s3.port.iceberg=0",
+            "-s3.port.lance=0",
+        )
         addresses = [f"-{name}={port}" for name, port in self._ports.items()]
         here = ["-dir", str(folder), "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.localSocket={folder}/s3.sock"]
         with (folder.parent / f"{folder.name}.log").open("ab") as log:

@@ -1,4 +1,4 @@
-"""A training stage in a driver process of its own, with its real Ray workers: start it, watch it, find its processes."""
+"""A training stage in a driver process of its own, with real Ray workers: start it, watch it, find its processes."""
 
 import contextlib
 import json

@@ -135,7 +135,9 @@ def test_ten_kills_of_one_run(disturbed, tmp_path, monkeypatch):
     for name, content in final_files(expected).items():
         assert final_files(made)[name] == content, name
     assert made.read_bytes("metrics.jsonl") == expected.read_bytes("metrics.jsonl")
-    assert [json.loads(line)["step"] for line in made.read_bytes("metrics.jsonl").splitlines()] == [*range(1, TOTAL + 1)]
+    assert [json.loads(line)["step"] for line in made.read_bytes("metrics.jsonl").splitlines()] == [
+        *range(1, TOTAL + 1)
+    ]
     assert made.verify() == []
     assert committed_checkpoints(made)[-1] == TOTAL * BATCH
     assert driver.left_after(30) == []

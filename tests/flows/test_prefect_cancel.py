@@ -129,7 +129,9 @@ def test_a_cancelled_training_leaves_nothing_and_goes_on(prefect, tmp_path):
     subprocess.run(command, env=prefect.variables, cwd=tmp_path, check=True, timeout=200)
 
     def checkpoints() -> list[int]:
-        return [c for f in store.folders("train-repae") for c in committed_checkpoints(Artifact(store, "train-repae", f))]
+        return [
+            c for f in store.folders("train-repae") for c in committed_checkpoints(Artifact(store, "train-repae", f))
+        ]
 
     first = prefect.run(parameters(source))
     wait_for(checkpoints, 400, log)
