@@ -1,4 +1,4 @@
-"""30 steps at once = 12 + kill -9 of everything + 18 through the whole stage on Ray: bytes, history, MLflow's curves."""
+"""30 steps at once = 12 + kill -9 + 18 through the whole stage on Ray: bytes, history, MLflow's curves."""
 
 import json
 import sqlite3
@@ -14,7 +14,8 @@ from repae_core.artifacts.checkpoints import committed_checkpoints
 
 BATCH, TOTAL = 12, 30
 STEPS = [f"{stage}.{field}" for stage in ("train_repae", "train_ldm") for field in (
-    f"batch_size={BATCH}", "checkpoint_every=12", "keep_checkpoints=9", "gradient_accumulation_steps=2", "cpus_per_worker=1",
+    f"batch_size={BATCH}", "checkpoint_every=12", "keep_checkpoints=9", "gradient_accumulation_steps=2",
+    "cpus_per_worker=1",
 )]  # fmt: skip
 LENGTH = ["train_repae.vae_warmup_steps=2", f"train_repae.max_steps={TOTAL - 2}", f"train_ldm.max_steps={TOTAL}"]
 
