@@ -266,9 +266,9 @@ def test_latest_and_prefix_references(finished):
 
 
 def test_a_finished_run_continues_for_longer(finished):
-    """The plan offers it; 4 steps and then to 6 are 6 at once, to the last bit."""
-    longer = ("train_ldm.max_steps=6", "train_ldm.keep_checkpoints=9")
-    before = finished.artifact("train-ldm")
+    """The plan offers it; 4 steps and then to 6 are 6 at once, to the last bit (where no rate falls at the end)."""
+    longer = ("train_ldm.lr_decay_fraction=0", "train_ldm.max_steps=6", "train_ldm.keep_checkpoints=9")
+    before = Artifact(finished.store, "train-ldm", finished.run(longer[0]).stages["train-ldm"].fingerprint)
     reason = decide_all(make_plan(finished.configure(*longer), finished.store), set())["train-ldm"].reason
     offer = f"train_ldm.init_from={before.fingerprint}"
     assert reason == f"max_steps: 4 -> 6 (add --set {offer} to continue its 4 steps)"
