@@ -246,19 +246,40 @@ def file_sha256(path: str, field_name: str) -> str:
 
 
 def _what_changed(planned: PlannedStage) -> str:
-    newest = _newest_manifest(planned)
-    if newest is None:
+    manifests = _manifests(planned)
+    if not manifests:
         return "never made in this store"
+    newest = max(manifests, key=lambda m: m.finished_at)
     before, now = _flatten(newest.config), _flatten(planned.payload)
     changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     shown = [f"{name}: {before.get(name)} -> {now.get(name)}" for name in changed[:3]]
-    return "; ".join(shown) + (f"; and {len(changed) - 3} more" if len(changed) > 3 else "")
+    reason = "; ".join(shown) + (f"; and {len(changed) - 3} more" if len(changed) > 3 else "")
+    shorter = _longest_of_fewer_steps(planned, manifests)
+    if shorter is not None:
+        field = f"{section_name(planned.name)}.init_from={shorter.fingerprint}"
+        reason += f" (add --set {field} to continue its {shorter.config['config']['max_steps']} steps)"
+    return reason
 
 
-def _newest_manifest(planned: PlannedStage) -> Manifest | None:
+def _manifests(planned: PlannedStage) -> list[Manifest]:
+    """Of every finished artifact of the same stage."""
     store, stage = planned.artifact.store, planned.name
-    manifests: Iterable[Manifest | None] = (Artifact(store, stage, name).manifest() for name in store.folders(stage))
-    return max((m for m in manifests if m is not None), key=lambda m: m.finished_at, default=None)
+    found = (Artifact(store, stage, name).manifest() for name in store.folders(stage))
+    return [manifest for manifest in found if manifest is not None]
+
+
+def _longest_of_fewer_steps(planned: PlannedStage, manifests: Iterable[Manifest]) -> Manifest | None:
+    """The finished run that differs from the planned one only in a smaller `max_steps`."""
+
+    def of_any_length(payload: Mapping[str, Any]) -> dict[str, Any]:
+        return {**payload, "config": {k: v for k, v in payload["config"].items() if k != "max_steps"}}
+
+    def steps(payload: Mapping[str, Any]) -> int:
+        return int(payload["config"].get("max_steps", 0))
+
+    same = of_any_length(planned.payload)
+    shorter = [m for m in manifests if of_any_length(m.config) == same and steps(m.config) < steps(planned.payload)]
+    return max(shorter, key=lambda m: steps(m.config), default=None)
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

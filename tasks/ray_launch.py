@@ -38,6 +38,7 @@ _QUIET = {
 logger = logging.getLogger("repae")
 
 _PROBE_SECONDS = 10.0
+_ANSWER_SECONDS = 30.0  # a busy machine takes seconds to start the process that answers
 _FINAL = "final_error"  # key of a worker's message that no restart would help
 _COLLECTIVE_SECONDS = 300  # gloo and NCCL; longer than a store may be away, shorter than torch's half hour
 _HEAD_SECONDS = 120.0  # a restarted Ray head is waited for
@@ -92,7 +93,7 @@ class RaySession:
         import ray
 
         try:
-            ray.get(cast(Any, ray.remote(num_cpus=0)(os.getpid)).remote(), timeout=_PROBE_SECONDS)
+            ray.get(cast(Any, ray.remote(num_cpus=0)(_answer)).remote(), timeout=_ANSWER_SECONDS)
         except Exception:
             logger.warning("the Ray cluster does not answer; connecting anew")
             self.close()
@@ -117,15 +118,16 @@ def launch(
     workers: int,
     cpus_per_worker: int,
     gpus_per_worker: int = 0,
-    max_failures: int = 0,
+    max_failures: int = 1,
     on_report: Report,
     position: Callable[[], Any] = lambda: None,
 ) -> dict[str, Any]:
     """Run `worker` on that many Ray Train workers (0: here, without Ray); returns rank 0's result.
 
     worker: importable module-level function; `payload` and reports are small JSON-able dicts.
-    After a failure the group starts again and continues from its checkpoints, until `max_failures` more failures
-    have come without `position` (where the next start would continue) having moved on in between.
+    After a failure the group starts again and continues from its checkpoints; the `max_failures`-th failure without
+    `position` (where the next start would continue) having moved on in between is the last. A cancel (anything that
+    is no Exception) ends the workers before it goes on: what it meets on its way out may wait for the store.
 
     Raises:
         FinalError: a worker raised it.
@@ -143,11 +145,14 @@ def launch(
         except Exception as error:
             now = position()
             failures, reached = (failures if now == reached else 0) + 1, now
-            if failures > max_failures:
+            if failures >= max_failures:
                 raise WorkersFailedError(_root_cause(error)) from error
-            logger.warning("the workers failed (%s); starting again, try %d of %d without a new checkpoint",
+            logger.warning("the workers failed (%s); starting again, failure %d of %d without a new checkpoint",
                            _root_cause(error), failures, max_failures)  # fmt: skip
             session.reconnect_if_lost()
+        except BaseException:
+            session.close()
+            raise
 
 
 def _fit(
@@ -194,6 +199,10 @@ def preempted() -> bool:
     import ray.train
 
     return ray.train.get_preemption_info() is not None
+
+
+def _answer() -> bool:
+    return True
 
 
 class _Mailbox:

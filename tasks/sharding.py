@@ -10,7 +10,7 @@ from tasks.sharding_worker import Report
 from tasks.stage import StageContext
 from tasks.training_worker import artifact_reference
 
-MAX_FAILURES = 3  # restarts of failed workers without a new shard in between
+MAX_FAILURES = 3  # of the workers, without a new shard in between
 
 
 def write_shards(

@@ -138,4 +138,5 @@ def _log_file(folder: Artifact, name: str) -> Iterator[None]:
     finally:
         for logger in loggers:
             logger.removeHandler(handler)
-        folder.write_bytes(name, stream.getvalue().encode())
+        with contextlib.suppress(StoreError):  # what ended the worker is the news, not that its log is lost
+            folder.write_bytes(name, stream.getvalue().encode())

@@ -15,35 +15,62 @@ _PORTS = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", 
           "s3.port", "s3.port.grpc", "admin.port", "admin.port.grpc")  # fmt: skip
 
 
-@contextlib.contextmanager
-def s3_server(folder: Path, *, seconds: float = 60.0) -> Iterator[dict[str, str]]:
-    """A server that keeps its data in `folder`; yields the environment variables that reach it."""
-    ports = dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True))
-    folder.mkdir(parents=True, exist_ok=True)
-    credentials = {"AWS_ACCESS_KEY_ID": "test-key", "AWS_SECRET_ACCESS_KEY": "test-secret"}
-    unused = ("-admin.ui=false", "-webdav=false", "-master.telemetry=false", "-s3.port.iceberg=0", "-s3.port.lance=0")
-    addresses = [f"-{name}={port}" for name, port in ports.items()]
-    here = ["-dir", str(folder), "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.localSocket={folder}/s3.sock"]
-    arguments = [*here, *unused, *addresses]
-    with (folder.parent / f"{folder.name}.log").open("wb") as log:
-        server = subprocess.Popen(
-            [str(Path(sys.executable).with_name("weed")), f"-logdir={folder}", "mini", *arguments],
-            env=os.environ | credentials | {"S3_BUCKET": BUCKET},
-            cwd=folder,
-            stdout=log,
-            stderr=log,
+class S3Server:
+    """A server that keeps its data in `folder`; it can be stopped and started again at the same address.
+
+    variables: the environment that reaches it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._ports = dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True))
+        self._credentials = {"AWS_ACCESS_KEY_ID": "test-key", "AWS_SECRET_ACCESS_KEY": "test-secret"}
+        self._endpoint = f"http://127.0.0.1:{self._ports['s3.port']}"
+        self.variables = self._credentials | {"AWS_ENDPOINT_URL": self._endpoint, "AWS_DEFAULT_REGION": "us-east-1"}
+        self.process: subprocess.Popen[bytes]
+
+    def start(self, seconds: float = 60.0) -> None:
+        """Start, and wait until it answers."""
+        folder = self._folder
+        folder.mkdir(parents=True, exist_ok=True)
+        unused = (
+            "-admin.ui=false",
+            "-webdav=false",
+            "-master.telemetry=false",
+            "-s3.port.iceberg=0",
+            "-s3.port.lance=0",
         )
-    try:
-        endpoint = f"http://127.0.0.1:{ports['s3.port']}"
-        _wait(server, f"{endpoint}/healthz", seconds)
-        yield credentials | {"AWS_ENDPOINT_URL": endpoint, "AWS_DEFAULT_REGION": "us-east-1"}
-    finally:
-        server.terminate()
+        addresses = [f"-{name}={port}" for name, port in self._ports.items()]
+        here = ["-dir", str(folder), "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.localSocket={folder}/s3.sock"]
+        with (folder.parent / f"{folder.name}.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [str(Path(sys.executable).with_name("weed")), f"-logdir={folder}", "mini", *here, *unused, *addresses],
+                env=os.environ | self._credentials | {"S3_BUCKET": BUCKET},
+                cwd=folder,
+                stdout=log,
+                stderr=log,
+            )
+        _wait(self.process, f"{self._endpoint}/healthz", seconds)
+
+    def stop(self) -> None:
+        """End it; its data stay."""
+        self.process.terminate()
         try:
-            server.wait(timeout=15)
+            self.process.wait(timeout=15)
         except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
+            self.process.kill()
+            self.process.wait()
+
+
+@contextlib.contextmanager
+def s3_server(folder: Path) -> Iterator[dict[str, str]]:
+    """A server while the block runs; yields the environment variables that reach it."""
+    server = S3Server(folder)
+    try:
+        server.start()
+        yield server.variables
+    finally:
+        server.stop()
 
 
 def _wait(server: subprocess.Popen, url: str, seconds: float) -> None:

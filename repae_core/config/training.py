@@ -146,7 +146,9 @@ class TrainingConfig(Config):
     checkpoint_queue: int = execution(2, "Checkpoints that may wait in local scratch while the store is away", ge=1)
     log_every: int = execution(100, "Steps between logged metrics", ge=1)
     preview_every: int = execution(10_000, "Steps between sample and reconstruction grids; 0 = none", ge=0)
-    max_failures: int = execution(3, "Restarts of failed workers without a new checkpoint in between", ge=0)
+    max_failures: int = execution(
+        3, "Failures of the workers without a new checkpoint in between that end the stage", ge=1
+    )
     step_timeout: float = execution(
         0.0, "Seconds after which a step counts as hanging; 0 = max(120 s, 10 x median)", ge=0
     )

@@ -1,7 +1,8 @@
-"""Checkpoints written beside the training: a snapshot on local disk in the step, the upload in the background."""
+"""Checkpoints and pictures written beside the training: a snapshot in the step, the upload in the background."""
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import queue
@@ -9,7 +10,8 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -51,7 +53,8 @@ class CheckpointWriter:
         self._folder, self._state, self._guard = folder, state, guard
         self._keep, self._keep_every = keep, keep_every
         self._room = threading.Semaphore(waiting)
-        self._queue: queue.Queue[int | None] = queue.Queue()
+        self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue()
+        self._receipts: deque[Any] = deque()
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
         self._scratch = Path()
@@ -87,8 +90,20 @@ class CheckpointWriter:
         except OSError as error:
             raise StoreError(f"checkpoint scratch {self._scratch}: {error.strerror or error}") from error
         if self._thread is not None:
-            self._queue.put(record["images_seen"])
+            self._queue.put(functools.partial(self._commit, record["images_seen"]))
         self.seconds += time.monotonic() - began
+
+    def write(self, files: Mapping[str, bytes], receipt: Any) -> None:
+        """Small files, written after what was saved before; `take_receipts` gives `receipt` once they are there.
+
+        They wait in memory: `save`, which blocks while the store is away, bounds how many.
+        """
+        if self._thread is not None and files:
+            self._queue.put(functools.partial(self._write, dict(files), receipt))
+
+    def take_receipts(self) -> list[Any]:
+        """Receipts of files written since the last call."""
+        return [self._receipts.popleft() for _ in range(len(self._receipts))]
 
     def check(self) -> None:
         """Raise what went wrong in the background."""
@@ -102,17 +117,28 @@ class CheckpointWriter:
         self.check()
 
     def _work(self) -> None:
-        while (images_seen := self._queue.get()) is not None:
+        while (job := self._queue.get()) is not None:
             try:
-                if self._error is None:
-                    self._upload(images_seen)
+                job()
             except BaseException as error:
-                logger.error("checkpoint %d: %s", images_seen, error)
+                logger.error("written in the background: %s", error)
                 self._error = error
             finally:
-                shutil.rmtree(self._scratch / str(images_seen), ignore_errors=True)
-                self._room.release()
                 self._queue.task_done()
+
+    def _write(self, files: dict[str, bytes], receipt: Any) -> None:
+        if self._error is None:
+            for name, content in files.items():
+                self._folder.write_bytes(name, content)
+            self._receipts.append(receipt)
+
+    def _commit(self, images_seen: int) -> None:
+        try:
+            if self._error is None:
+                self._upload(images_seen)
+        finally:
+            shutil.rmtree(self._scratch / str(images_seen), ignore_errors=True)
+            self._room.release()
 
     def _upload(self, images_seen: int) -> None:
         name = f"{FOLDER}/{images_seen}"

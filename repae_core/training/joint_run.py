@@ -18,7 +18,7 @@ from repae_core.training.assembly import Encoders, joint_objective, new_joint_st
 from repae_core.training.distributed import Group
 from repae_core.training.draws import Draws
 from repae_core.training.latent_stats import measure_latents
-from repae_core.training.previews import write_previews
+from repae_core.training.previews import draw_previews
 from repae_core.training.repae_step import repae_step, vae_warmup_step
 from repae_core.training.run import TrainingRun
 from repae_core.training.state import Batch, JointState, Metrics
@@ -78,13 +78,11 @@ class JointRun(TrainingRun):
         for sit in (self.state.sit.module, self.state.ema):
             sit.set_latent_stats(scale=scale, bias=bias)
 
-    def preview(self, step: int) -> dict[str, str]:
+    def preview(self, step: int) -> dict[str, bytes]:
         """Reconstructions always, samples once SiT trains."""
         if not self.group.is_main:
             return {}
-        return write_previews(
-            self.folder,
-            step * self.joint.batch_size,
+        return draw_previews(
             vae=self.state.vae.module,
             sit=self.state.ema if step > self.joint.vae_warmup_steps else None,
             real=self.images.images(np.arange(min(16, len(self.images)))).to(self.group.device),

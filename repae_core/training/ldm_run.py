@@ -19,7 +19,7 @@ from repae_core.training.assembly import Encoders, flow_objective, new_ldm_state
 from repae_core.training.distributed import Group
 from repae_core.training.draws import Draws
 from repae_core.training.ldm_step import ldm_step
-from repae_core.training.previews import write_previews
+from repae_core.training.previews import draw_previews
 from repae_core.training.run import TrainingRun
 from repae_core.training.state import Batch, Metrics
 
@@ -79,13 +79,11 @@ class LDMRun(TrainingRun):
         batch, draws = item
         return ldm_step(self.state, batch, self.objective, draws, rate_factor=self.rate_factor(index))
 
-    def preview(self, step: int) -> dict[str, str]:
+    def preview(self, step: int) -> dict[str, bytes]:
         """Samples of the moving average."""
         if not self.group.is_main:
             return {}
-        return write_previews(
-            self.folder,
-            step * self.section.batch_size,
+        return draw_previews(
             vae=self.vae,
             sit=self.state.ema,
             real=torch.empty(0),

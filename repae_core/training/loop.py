@@ -124,7 +124,7 @@ class TrainingLoop:
         self,
         batches: Iterable[Any],
         step: Callable[[int, Any], Metrics],
-        preview: Callable[[int], dict[str, str]] | None = None,
+        preview: Callable[[int], dict[str, bytes]] | None = None,
     ) -> None:
         """Train to `total_steps`; `batches` start at the step after the restored one.
 
@@ -148,7 +148,8 @@ class TrainingLoop:
                 last = done == s.total_steps
                 logged, phases = self._log(done, metrics) if done % s.log_every == 0 or last else ({}, {})
                 due = last or (s.preview_every and done % s.preview_every == 0)
-                pictures = preview(done) if preview and due else {}
+                if preview and due:
+                    self._send_pictures(writer, done, preview(done))
                 leaving = not saved_for_preemption and self.preempted()
                 if leaving or done % s.checkpoint_every == 0 or last:
                     writer.save(self.record | {"images_seen": done * s.batch_size, "history": self.history})
@@ -158,13 +159,26 @@ class TrainingLoop:
                     writer.flush()
                 writer.check()
                 beat()
-                if logged or pictures or time.monotonic() - last_report > 2.0:
+                self._report_written(writer)
+                if logged or time.monotonic() - last_report > 2.0:
                     last_report = time.monotonic()
                     speed = (done - self.start_step) * s.batch_size / (last_report - started)
                     images = done * s.batch_size
-                    self.report(Progress(done, s.total_steps, images, speed, logged, pictures, writer.seconds, phases))
+                    self.report(Progress(done, s.total_steps, images, speed, logged, {}, writer.seconds, phases))
+        self._report_written(writer)
         if self.state.group.is_main and self.start_step < s.total_steps:
             logger.info("%.1f s lost to checkpoints", writer.seconds)
+
+    def _send_pictures(self, writer: CheckpointWriter, done: int, pictures: dict[str, bytes]) -> None:
+        """Written in the background, before any later checkpoint: a run that continues has lost none."""
+        images = done * self.settings.batch_size
+        files = {name: f"previews/{images:09d}-{name}.png" for name in pictures}
+        progress = Progress(done, self.settings.total_steps, images, 0.0, previews=files)
+        writer.write({files[name]: content for name, content in pictures.items()}, progress)
+
+    def _report_written(self, writer: CheckpointWriter) -> None:
+        for progress in writer.take_receipts():
+            self.report(progress)
 
     @contextlib.contextmanager
     def _watchdog(self) -> Iterator[Callable[[], None]]:

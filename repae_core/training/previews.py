@@ -1,4 +1,4 @@
-"""Pictures written while a run trains: reconstructions and samples, the same images and noise every time."""
+"""Pictures of a run while it trains: reconstructions and samples, the same images and noise every time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from repae_core.artifacts import Artifact
 from repae_core.evaluation.grids import comparison_strip, image_grid
 from repae_core.generation import Generator, SamplerSettings, to_uint8
 from repae_core.models import KLVAE, SiT
@@ -17,9 +16,7 @@ PREVIEW_STEPS = 20
 
 
 @torch.no_grad()
-def write_previews(
-    folder: Artifact,
-    images_seen: int,
+def draw_previews(
     *,
     vae: KLVAE,
     sit: SiT | None,
@@ -27,27 +24,25 @@ def write_previews(
     guidance: float,
     path: str,
     num_samples: int = 40,
-) -> dict[str, str]:
-    """Write `previews/<images_seen>-<picture>.png`; returns picture -> file name.
+) -> dict[str, bytes]:
+    """PNG files by the name of the picture.
 
     real: uint8 [N,3,H,W] to reconstruct (from the posterior mean); sit: None leaves the samples out.
     """
-    files = {}
+    pictures = {}
     if len(real):
         posterior = vae.encode(real.float() / 127.5 - 1)
         strip = comparison_strip(real, to_uint8(vae.decode(posterior.mean)))
-        files["reconstructions"] = _write(folder, f"previews/{images_seen:09d}-reconstructions.png", strip)
+        pictures["reconstructions"] = _png(strip)
     if sit is not None:
         labels = torch.arange(num_samples) % sit.num_classes
         settings = SamplerSettings(steps=PREVIEW_STEPS, guidance=guidance, path=path)
         samples = Generator(sit, vae, settings).sample(labels.sort().values, seed=0)
-        grid = image_grid(samples, columns=8)
-        files["samples"] = _write(folder, f"previews/{images_seen:09d}-samples.png", grid)
-    return files
+        pictures["samples"] = _png(image_grid(samples, columns=8))
+    return pictures
 
 
-def _write(folder: Artifact, name: str, picture: Image.Image) -> str:
+def _png(picture: Image.Image) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
-    folder.write_bytes(name, buffer.getvalue())
-    return name
+    return buffer.getvalue()

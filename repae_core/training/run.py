@@ -41,8 +41,8 @@ class TrainingRun(ABC):
         """One optimizer step; `index` counts from 0 over the whole run."""
 
     @abstractmethod
-    def preview(self, step: int) -> dict[str, str]:
-        """Write pictures after `step` steps (rank 0 only); picture name -> file."""
+    def preview(self, step: int) -> dict[str, bytes]:
+        """PNG files after `step` steps by name (rank 0 only)."""
 
     @abstractmethod
     def specs(self) -> dict[str, Any]:

@@ -109,7 +109,7 @@ def test_launch_reports_results_and_the_cause_of_failures():
 
 
 def test_failures_count_until_there_is_a_new_checkpoint(tmp_path):
-    """max_failures=1 allows one restart without progress: the third failure is one too many. A FinalError is final."""
+    """The second failure without progress is the last of max_failures=2. A FinalError is final."""
     starts = tmp_path / "starts"
 
     def dying_worker(payload, report):
@@ -135,7 +135,7 @@ def test_failures_count_until_there_is_a_new_checkpoint(tmp_path):
 
     session = RaySession()
     try:
-        settings = {"session": session, "workers": 1, "cpus_per_worker": 1, "max_failures": 1, "on_report": print}
+        settings = {"session": session, "workers": 1, "cpus_per_worker": 1, "max_failures": 2, "on_report": print}
         with pytest.raises(WorkersFailedError):
             launch(dying_worker, {"starts": str(starts)}, position=position, **settings)
         assert starts.read_text() == "xxx"

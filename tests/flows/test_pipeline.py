@@ -12,6 +12,7 @@ from PIL import Image
 
 from repae_core import load_model
 from repae_core.artifacts import Artifact, Lease, LeaseHeld, Store, list_runs
+from repae_core.artifacts.checkpoints import committed_checkpoints
 from repae_core.config import STAGES
 from tasks.pipeline_run import open_run
 from tasks.plan import decide_all, make_plan
@@ -262,6 +263,26 @@ def test_latest_and_prefix_references(finished):
     references = {"generate": {"model": prefix, "vae": "latest"}}
     plan = make_plan(config, finished.store, references=references)
     assert plan.stages["generate"].inputs["model"].fingerprint == finished.artifact("train-ldm").fingerprint
+
+
+def test_a_finished_run_continues_for_longer(finished):
+    """The plan offers it; 4 steps and then to 6 are 6 at once, to the last bit (where no rate falls at the end)."""
+    longer = ("train_ldm.lr_decay_fraction=0", "train_ldm.max_steps=6", "train_ldm.keep_checkpoints=9")
+    before = Artifact(finished.store, "train-ldm", finished.run(longer[0]).stages["train-ldm"].fingerprint)
+    reason = decide_all(make_plan(finished.configure(*longer), finished.store), set())["train-ldm"].reason
+    offer = f"train_ldm.init_from={before.fingerprint}"
+    assert reason == f"max_steps: 4 -> 6 (add --set {offer} to continue its 4 steps)"
+    other = finished.configure(*longer, "train_ldm.learning_rate=0.5")
+    assert "init_from" not in decide_all(make_plan(other, finished.store), set())["train-ldm"].reason
+    continued = finished.run(*longer, offer).stages["train-ldm"]
+    at_once = finished.run(*longer).stages["train-ldm"]
+    assert continued.fingerprint != at_once.fingerprint
+    one, other = (Artifact(finished.store, "train-ldm", stage.fingerprint) for stage in (continued, at_once))
+    assert committed_checkpoints(one) == [48]
+    assert committed_checkpoints(other) == [16, 32, 48]
+    final = {name: digest for name, digest in tiny.contents(other).items() if name.startswith("checkpoints/48/")}
+    assert final.items() <= tiny.contents(one).items()
+    assert tiny.contents(one)["metrics.jsonl"] == tiny.contents(other)["metrics.jsonl"]
 
 
 def test_generation_from_the_joint_model(finished):

@@ -107,3 +107,27 @@ def test_scratch_of_killed_processes_is_removed(tmp_path):
     checkpoint_writer.open_scratch("b" * 16)
     assert not dead.exists()
     assert left.exists()
+
+
+def test_pictures_wait_for_the_store_in_the_background(folder, state):
+    """`write` returns while the store is away; a picture is there before a later checkpoint counts."""
+    gate, seen = threading.Event(), []
+    write_bytes = folder.write_bytes
+
+    def away(name, content):
+        gate.wait(20)
+        write_bytes(name, content)
+        seen.append(committed_checkpoints(folder))
+
+    folder.write_bytes = away
+    with writer(folder, state) as target:
+        target.write({"previews/1.png": b"picture"}, "receipt")
+        save(target, 10)
+        assert target.take_receipts() == []
+        assert folder.files() == {}
+        gate.set()
+        target.flush()
+        assert target.take_receipts() == ["receipt"]
+    assert seen == [[]]
+    assert folder.read_bytes("previews/1.png") == b"picture"
+    assert committed_checkpoints(folder) == [10]
