@@ -132,6 +132,8 @@ class GenerateConfig(Config):
     def _guide_has_a_use(self) -> GenerateConfig:
         if self.guide and self.guidance == 1.0:
             raise ValueError("guide is given, but guidance=1 never calls it; set another scale")
+        if self.guide in ("train-ldm", "train-repae") and self.guide != self.model:
+            raise ValueError(f"guide={self.guide!r} is another stage than model={self.model!r}")
         return self
 
     @property

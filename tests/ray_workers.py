@@ -1,0 +1,20 @@
+"""Ray workers as a failure test sees them: processes to kill."""
+
+import time
+
+import psutil
+
+from repae_core.artifacts import Store
+
+
+def kill_a_worker(killed: list[str], key: str, store: Store, stage: str) -> None:
+    """SIGKILL the first Ray worker that is seen once a file of that kind is there; its name goes to `killed`."""
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and not killed:
+        found = [name for name in store.files(stage) if key in name]
+        for process in psutil.process_iter(["cmdline"]) if found else ():
+            if "ray::RayTrainWorker" in "".join(process.info["cmdline"] or []):
+                process.kill()
+                killed.append(found[0])
+                return
+        time.sleep(0.02)
