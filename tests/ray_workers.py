@@ -1,5 +1,6 @@
 """Ray workers as a failure test sees them: processes to kill."""
 
+import contextlib
 import time
 
 import psutil
@@ -12,9 +13,11 @@ def kill_a_worker(killed: list[str], key: str, store: Store, stage: str) -> None
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline and not killed:
         found = [name for name in store.files(stage) if key in name]
-        for process in psutil.process_iter(["cmdline"]) if found else ():
-            if "ray::RayTrainWorker" in "".join(process.info["cmdline"] or []):
-                process.kill()
-                killed.append(found[0])
-                return
+        # Those of this process only: others may have Ray workers on the same machine.
+        for process in psutil.Process().children(recursive=True) if found else ():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "ray::RayTrainWorker" in "".join(process.cmdline()):
+                    process.kill()
+                    killed.append(found[0])
+                    return
         time.sleep(0.02)
