@@ -120,6 +120,27 @@ def ablation(
     run_ablation(seeds, sets, store, output)
 
 
+@app.command(epilog="Examples: `repae sweep` · `repae sweep --scales 1,1.5,2,2.5,3 --intervals 0:1,0:0.7 -n 5000` · "
+             "`repae sweep --scales '' --samplers ode,heun --steps 5,10,20`")  # fmt: skip
+def sweep(
+    config: Preset = "quickstart",
+    scales: Annotated[str, typer.Option("--scales", help="Guidance scales; empty = none.")] = "1,1.5,2,3",
+    intervals: Annotated[str, typer.Option("--intervals", help="Times with guidance, low:high,...")] = "0:1,0:0.7",
+    samplers: Annotated[
+        str, typer.Option("--samplers", help="Samplers compared at each number of steps; empty = none.")
+    ] = "ode,heun,sde",
+    steps: Annotated[str, typer.Option("--steps", help="Numbers of steps.")] = "5,10,25,50",
+    images: Annotated[int, typer.Option("--images", "-n", min=0, help="Images a point; 0 = as configured.")] = 0,
+    sets: Sets = [],  # noqa: B006
+    store: StoreOption = "",
+    debug: Debug = False,
+) -> None:
+    """Distance against guidance (scales x intervals) and steps, same noise; the table, the best, and the report."""
+    from flows.sweep_command import run_sweep
+
+    run_sweep(config, sets, store, scales=scales, intervals=intervals, samplers=samplers, steps=steps, images=images)
+
+
 @app.command(
     "import",
     epilog="Examples: `repae import 0400000.pt` · `repae import s3://bucket/0400000.pt --store s3://bucket/repae`",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from tasks.pipeline_run import PipelineRun
+from tasks.sharding import write_shards
+from tasks.sharding_worker import generate_worker, sample_work
 from tasks.stage import StageContext, StageOutcome, run_stage, stage_task
 
 
@@ -16,32 +18,17 @@ def generate(run: PipelineRun) -> dict[str, Any]:
 
 def execute(context: StageContext) -> StageOutcome:
     """The stage's work."""
-    from repae_core.generation.load import build_generator
-    from repae_core.stages.generate import generate_images
+    from repae_core.stages.generate import finish_samples
 
-    config, section = context.config, context.config.generate
-    generator = build_generator(
-        context.inputs["model"],
-        context.inputs["vae"],
-        checkpoint=section.checkpoint,
-        weights=section.weights,
-        sampler=section.sampler,
-        steps=section.sampler_steps,
-        guidance=section.guidance,
-        interval=section.guidance_interval,
-        rounding=section.rounding,
-        bn_inverse_without_eps=config.compat.bn_inverse_without_eps,
+    section = context.config.generate
+    work = sample_work(context.config, context.inputs, context.artifact)
+    description = write_shards(
+        context,
+        generate_worker,
+        workers=section.workers,
+        cpus_per_worker=section.cpus_per_worker,
+        gpus_per_worker=section.gpus_per_worker,
     )
-    summary = generate_images(
-        generator,
-        context.artifact,
-        num_images=section.num_images,
-        labels="random" if config.compat.random_labels else section.labels,
-        seed=config.seed,
-        weights=section.weights,
-        images_per_shard=section.images_per_shard,
-        batch_size=section.batch_size,
-        progress=context.progress,
-    )
+    summary, known = finish_samples(work, description, grid_classes=section.grid_classes)
     context.tracking.log_picture(context.artifact.read_bytes("grid.png"), "grid")
-    return StageOutcome(summary=summary)
+    return StageOutcome(summary=summary, known=known, workers=section.workers)

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from repae_core.artifacts import Artifact, RunRecord, StageRecord, Store, new_run_id, save_run
-from repae_core.config import STAGES, PipelineConfig, stage_name
+from repae_core.config import STAGES, PipelineConfig, section_name, stage_name
 from tasks.display import Display
 from tasks.plan import Plan, make_plan
 from tasks.ray_launch import RaySession
@@ -95,8 +95,9 @@ def open_run(
     forced = forced_stages(force)
     store = Store(config.store, retry_seconds=config.store_retry_seconds)
     store.check()
-    if store.url.startswith("memory:") and (config.train_repae.workers or config.train_ldm.workers):
-        raise ValueError("store: memory:// works only with train_repae.workers=0 and train_ldm.workers=0")
+    distributed = [name for name in map(section_name, STAGES) if getattr(getattr(config, name), "workers", 0)]
+    if store.url.startswith("memory:") and distributed:
+        raise ValueError(f"store: memory:// works only with {distributed[0]}.workers=0")
     plan = make_plan(config, store, references=references)
     run_id = new_run_id()
     session, display = RaySession(), display or Display()

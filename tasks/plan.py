@@ -18,7 +18,7 @@ VERSIONS = {
     "extract-vae": 1,
     "cache-latents": 4,
     "train-ldm": 2,
-    "generate": 1,
+    "generate": 2,
     "evaluate": 1,
 }
 
@@ -68,7 +68,8 @@ def upstream(config: PipelineConfig, stage: str) -> dict[str, str]:
         "train-ldm": {"latents": "cache-latents", "vae": vae}
         | ({} if config.cache_latents.encoder == config.train_ldm.encoder else {"images": "preprocess"})
         | _init_from(config.train_ldm.init_from),
-        "generate": {"model": config.generate.model, "vae": "extract-vae" if joint else vae},
+        "generate": {"model": config.generate.model, "vae": "extract-vae" if joint else vae}
+        | ({"guide": config.generate.guide} if config.generate.guide else {}),
         "evaluate": {"samples": "generate", "images": "preprocess", "vae": "extract-vae" if joint else vae},
     }
     return inputs[stage]
@@ -116,7 +117,7 @@ def make_plan(
             continue
         given = (references or {}).get(stage, {})
         inputs = {
-            role: _resolve(plan, stage, role, source, given.get(role, "auto"))
+            role: _resolve(plan, _stage_of(config, stage, role, source), source, given.get(role, "auto"))
             for role, source in upstream(config, stage).items()
         }
         payload = _payload(config, stage, inputs)
@@ -173,10 +174,14 @@ def _init_from(reference: str) -> dict[str, str]:
     return {"init": reference} if reference else {}
 
 
-def _resolve(plan: Plan, stage: str, role: str, source: str, reference: str) -> Artifact:
+def _stage_of(config: PipelineConfig, stage: str, role: str, source: str) -> str:
+    """The stage that makes an input, also where `source` is a reference to an artifact."""
+    return {"vae": "extract-vae", "init": stage, "guide": config.generate.model}.get(role, source)
+
+
+def _resolve(plan: Plan, expected: str, source: str, reference: str) -> Artifact:
     if reference == "auto" and source in plan.stages:
         return plan.stages[source].artifact
-    expected = {"vae": "extract-vae", "init": stage}.get(role, source)
     return resolve_reference(plan.store, expected, source if reference == "auto" else reference)
 
 
@@ -202,6 +207,9 @@ def _payload(config: PipelineConfig, stage: str, inputs: Mapping[str, Artifact])
             values["encoder_grid"] = values["encoder_grid"] or f"patch {config.train_ldm.patch_size}"
     if stage == "generate":
         values["steps"] = config.generate.sampler_steps
+        guide = values.pop("guide")  # hashed as an input
+        if not guide:
+            del values["guide_checkpoint"], values["guide_weights"]
     if stage == "evaluate" and config.evaluate.reference != "auto":
         values["reference"] = file_sha256(config.evaluate.reference, "evaluate.reference")
     return {

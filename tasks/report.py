@@ -12,6 +12,7 @@ import jinja2
 
 from repae_core.artifacts import Artifact, RunRecord, StageRecord, Store
 from repae_core.config import STAGES
+from tasks.sweep_page import sweep_section
 
 _CURVES = {
     "train-repae": (
@@ -50,6 +51,7 @@ def render_report(store: Store, record: RunRecord) -> str:
         grid=_picture(samples, "grid.png") if samples else None,
         samples=samples.read_json("samples.json") if samples else None,
         reconstructions=_picture(scores, "reconstructions.png") if scores else None,
+        sweep=sweep_section(store, record.run_id),
         curves={name: _curves(done[name], groups) for name, groups in _CURVES.items() if name in done},
         previews={title: _previews(done[name]) for name, title in _PICTURES.items() if name in done},
         config=json.dumps(record.config, indent=1),

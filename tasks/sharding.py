@@ -1,4 +1,4 @@
-"""Launching work on shards: what `preprocess` and `cache-latents` share."""
+"""Launching work on shards: what `preprocess`, `cache-latents` and `generate` share."""
 
 from __future__ import annotations
 
@@ -21,8 +21,11 @@ def write_shards(
     cpus_per_worker: int,
     gpus_per_worker: int = 0,
     **extra: Any,
-) -> None:
-    """Run `worker` on that many Ray workers (0: here), and add up their progress; `extra` enters its payload."""
+) -> dict[str, Any]:
+    """Run `worker` on that many Ray workers (0: here), and add up their progress; returns rank 0's result.
+
+    extra: enters the payload.
+    """
     done: dict[int, int] = {}
 
     def relay(message: dict[str, Any]) -> None:
@@ -34,7 +37,7 @@ def write_shards(
         "out": artifact_reference(context.artifact),
         "inputs": {role: artifact_reference(artifact) for role, artifact in context.inputs.items()},
     } | extra
-    launch(
+    return launch(
         worker,
         payload,
         session=context.run.session,

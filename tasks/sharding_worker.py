@@ -1,4 +1,4 @@
-"""What each worker of `preprocess` and `cache-latents` runs, under Ray Train or in this process.
+"""What each worker of `preprocess`, `cache-latents` and `generate` runs, under Ray Train or in this process.
 
 Each writes its share of the shards; a shard's bytes do not depend on who writes it. Imports neither Prefect nor MLflow.
 """
@@ -14,9 +14,13 @@ from repae_core.config import PipelineConfig
 from tasks.training_worker import final_errors, open_artifact, torch_threads
 
 if TYPE_CHECKING:
+    import torch
+
     from repae_core.data.preprocess import PreprocessWork
     from repae_core.data.sources import ImageSource
+    from repae_core.generation import Generator
     from repae_core.stages.cache_latents import LatentWork
+    from repae_core.stages.generate import SampleWork
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -47,8 +51,6 @@ def preprocess_worker(payload: dict[str, Any], report: Report) -> dict[str, Any]
 
 def latent_worker(payload: dict[str, Any], report: Report) -> dict[str, Any]:
     """Write this worker's share of the latent shards."""
-    import torch
-
     from repae_core.stages.cache_latents import write_missing_latents
 
     config = PipelineConfig.model_validate(payload["config"])
@@ -60,12 +62,34 @@ def latent_worker(payload: dict[str, Any], report: Report) -> dict[str, Any]:
             latent_work(config, inputs, open_artifact(payload["out"])),
             rank=rank,
             world=world,
-            device=torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if section.gpus_per_worker else "cpu"),
+            device=_device(section.gpus_per_worker),
             batch_size=section.batch_size,
             loader_workers=section.loader_workers,
             progress=_reporter(rank, report),
         )
     return {}
+
+
+def generate_worker(payload: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Sample this worker's share of the images; returns what `samples.json` says of the networks."""
+    from repae_core.stages.generate import describe_generator, write_missing_samples
+
+    config = PipelineConfig.model_validate(payload["config"])
+    section = config.generate
+    rank, world = _rank_and_world()
+    inputs = {role: open_artifact(reference) for role, reference in payload["inputs"].items()}
+    with final_errors(section.workers > 0), torch_threads(section.threads):
+        generator = sample_generator(config, inputs).to(_device(section.gpus_per_worker))
+        write_missing_samples(
+            sample_work(config, inputs, open_artifact(payload["out"])),
+            generator,
+            rank=rank,
+            world=world,
+            batch_size=section.batch_size,
+            progress=_reporter(rank, report),
+        )
+        used = {"weights": section.weights, "guide_weights": section.guide_weights if section.guide else None}
+        return used | describe_generator(generator)
 
 
 def preprocess_work(config: PipelineConfig, source: ImageSource, out: Artifact) -> PreprocessWork:
@@ -103,6 +127,63 @@ def latent_work(config: PipelineConfig, inputs: Mapping[str, Artifact], out: Art
         encoder_grid=section.encoder_grid,
         patch_size=config.train_ldm.patch_size,
     )
+
+
+def sample_work(config: PipelineConfig, inputs: Mapping[str, Artifact], out: Artifact) -> SampleWork:
+    """What is to be sampled, equal in every worker; reads the checkpoint's record only.
+
+    Raises:
+        ValueError: no such checkpoint or class, a guide that does not fit, or guidance without a null class.
+    """
+    from repae_core.generation.load import checkpoint_record, require_guide
+    from repae_core.stages.generate import plan_samples
+
+    section = config.generate
+    sit = checkpoint_record(inputs["model"], section.checkpoint)["sit"]
+    if "guide" in inputs:
+        require_guide(
+            inputs["model"],
+            inputs["guide"],
+            checkpoint=section.checkpoint,
+            guide_checkpoint=section.guide_checkpoint,
+        )
+    elif section.guidance != 1.0 and not sit["class_dropout_prob"]:
+        raise ValueError("generate.guidance: the model was trained without label dropout; only guidance=1 works")
+    return plan_samples(
+        out,
+        num_images=section.num_images,
+        labels="random" if config.compat.random_labels else section.labels,
+        num_classes=sit["num_classes"],
+        seed=config.seed,
+        images_per_shard=section.images_per_shard,
+    )
+
+
+def sample_generator(config: PipelineConfig, inputs: Mapping[str, Artifact]) -> Generator:
+    """The networks and sampler of `generate`."""
+    from repae_core.generation.load import build_generator
+
+    section = config.generate
+    return build_generator(
+        **inputs,
+        checkpoint=section.checkpoint,
+        weights=section.weights,
+        guide_checkpoint=section.guide_checkpoint,
+        guide_weights=section.guide_weights,
+        sampler=section.sampler,
+        steps=section.sampler_steps,
+        guidance=section.guidance,
+        interval=section.guidance_interval,
+        rounding=section.rounding,
+        mixed_precision=section.mixed_precision,
+        bn_inverse_without_eps=config.compat.bn_inverse_without_eps,
+    )
+
+
+def _device(gpus: int) -> torch.device:
+    import torch
+
+    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpus else "cpu")
 
 
 def _rank_and_world() -> tuple[int, int]:

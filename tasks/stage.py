@@ -16,7 +16,7 @@ from prefect import State, Task, task
 from prefect.cache_policies import NO_CACHE
 
 from repae_core.artifacts import Artifact, FileEntry, InputEntry, Lease, LeaseHeld, LeaseLost, StageRecord
-from repae_core.config import Config, PipelineConfig, section_name
+from repae_core.config import Config, PipelineConfig
 from tasks.pipeline_run import PipelineRun
 from tasks.plan import VERSIONS, Decision, PlannedStage, decide, stale_input
 from tasks.ray_launch import FinalError, WorkersFailedError
@@ -99,8 +99,6 @@ def run_stage(run: PipelineRun, name: str, execute: Execute) -> dict[str, Any]:
     if decision.action == "skip":
         return _skip(run, planned)
     require_inputs(planned)
-    if name == "generate" and run.config.section(name).workers:
-        logger.warning("%s.workers is ignored: this stage still runs in one process", section_name(name))
     logger.info("%s: %s (%s) -> %s", name, decision.action, decision.reason, planned.artifact.uri)
     started = time.monotonic()
     record = StageRecord(fingerprint=planned.artifact.fingerprint, status="running", uri=planned.artifact.uri,

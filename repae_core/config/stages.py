@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
 from repae_core.config.encoders import require_encoder
 from repae_core.config.fields import Config, execution, output
@@ -85,13 +85,24 @@ class GenerateConfig(Config):
     steps: int | None = output(None, "Sampler steps; none = 50 (ode, heun) or 250 (sde)", ge=1)
     guidance: float = output(1.0, "Classifier-free guidance scale; 1 = off", ge=0)
     guidance_interval: tuple[float, float] = output((0.0, 1.0), "Times t between which guidance is on")
+    guide: str = output(
+        "", "Weaker model in place of the unconditional half: the `model` stage's name (an earlier checkpoint of the "
+        "same training), a fingerprint, `latest` or a URI; empty = classifier-free guidance"
+    )  # fmt: skip
+    guide_checkpoint: str = output("last", "Checkpoint of the guide: `last` or images seen; else not used")
+    guide_weights: Literal["ema", "raw"] = output("ema", "Moving average or raw weights of the guide; else not used")
     labels: str = output("equal", "`equal`, `random`, or a list of classes that is repeated, e.g. 0,1,2")
     rounding: Literal["truncate", "round"] = output("truncate", "How [-1,1] becomes uint8 (ADM truncates)")
-    images_per_shard: int = output(1_000, "Images in one shard of the result", ge=1)
-    batch_size: int = execution(64, "Images a sampler batch", ge=1)
-    workers: int = execution(0, "Ray workers; so far ignored with a warning: one process does it", ge=0)
+    mixed_precision: Literal["no", "bf16"] = output("no", "Precision of SiT's products; state and decoder are not cut")
+    grid_classes: int = output(10, "Classes, the first ones, with a picture of their own; 0 = none", ge=0, le=100)
+    images_per_shard: int = output(512, "Images in one shard of the result; best a multiple of batch_size", ge=1)
+    batch_size: int = execution(64, "Images a sampler batch (another number may change the last bits)", ge=1)
+    threads: int = execution(1, "Torch threads a worker (another number may change the last bits)", ge=1)
+    workers: int = execution(0, "Ray workers, each with its share of the shards; 0 = in this process", ge=0)
+    cpus_per_worker: int = execution(1, "CPUs reserved for a worker", ge=1)
+    gpus_per_worker: int = execution(0, "GPUs reserved for a worker: 0 or 1", ge=0, le=1)
 
-    @field_validator("checkpoint", mode="before")
+    @field_validator("checkpoint", "guide_checkpoint", mode="before")
     @classmethod
     def _images_seen(cls, value: Any) -> Any:
         return str(value) if isinstance(value, int) else value
@@ -116,6 +127,14 @@ class GenerateConfig(Config):
                 raise ValueError("must be `equal`, `random`, or a list of class numbers such as [0, 1, 2]")
             value = ",".join(str(int(p)) for p in parts)
         return value
+
+    @model_validator(mode="after")
+    def _guide_has_a_use(self) -> GenerateConfig:
+        if self.guide and self.guidance == 1.0:
+            raise ValueError("guide is given, but guidance=1 never calls it; set another scale")
+        if self.guide in ("train-ldm", "train-repae") and self.guide != self.model:
+            raise ValueError(f"guide={self.guide!r} is another stage than model={self.model!r}")
+        return self
 
     @property
     def sampler_steps(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,10 @@ from repae_core.models import KLVAE, SiT
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """sampler: ode | heun | sde; interval: times at which guidance is on; rounding: truncate | round."""
+    """sampler: ode | heun | sde; interval: times at which guidance is on; rounding: truncate | round.
+
+    mixed_precision: no | bf16, of SiT's matrix products; the sampler's state is float64 and the decoder fp32.
+    """
 
     sampler: str = "ode"
     steps: int = 50
@@ -23,19 +26,36 @@ class SamplerSettings:
     interval: tuple[float, float] = (0.0, 1.0)
     path: str = "linear"
     rounding: str = "truncate"
+    mixed_precision: str = "no"
     bn_inverse_without_eps: bool = False
 
 
 class Generator:
     """`sample(labels, seed=...)` -> uint8 images; image i is a function of (seed, i), its label and the weights.
 
-    sit: eval mode, its latent norm holding the statistics to decode with; vae: eval mode.
+    sit: eval mode, its latent norm holding the statistics to decode with; vae: eval mode; guide: a weaker SiT of the
+    same latents and classes that takes the place of the unconditional half (autoguidance, Karras et al. 2024).
+
+    Raises:
+        ValueError: the guide has other latents or classes.
     """
 
-    def __init__(self, sit: SiT, vae: KLVAE, settings: SamplerSettings | None = None) -> None:
+    def __init__(
+        self, sit: SiT, vae: KLVAE, settings: SamplerSettings | None = None, *, guide: SiT | None = None
+    ) -> None:
         self.sit = sit.eval()
         self.vae = vae.eval()
         self.settings = settings or SamplerSettings()
+        self.guide = guide.eval() if guide is not None else None
+        if guide is not None:
+            require_same_latents(sit.spec, guide.spec)
+
+    def to(self, device: torch.device) -> Generator:
+        """Move all networks; returns itself."""
+        for network in (self.sit, self.vae, self.guide):
+            if network is not None:
+                network.to(device)
+        return self
 
     @torch.no_grad()
     def sample(
@@ -82,12 +102,14 @@ class Generator:
             "guidance": s.guidance,
             "interval": s.interval,
             "null_class": self.sit.null_class,
+            "guide": self.guide,
             "progress": progress,
         }
-        if s.sampler == "sde":
-            draws = item_generators(seed, "generate.sde", positions)
-            return sde_sample(self.sit, noise, y, path=s.path, generator=draws, **common)
-        return ode_sample(self.sit, noise, y, heun=s.sampler == "heun", **common)
+        with torch.autocast(y.device.type, torch.bfloat16, enabled=s.mixed_precision == "bf16"):
+            if s.sampler == "sde":
+                draws = item_generators(seed, "generate.sde", positions)
+                return sde_sample(self.sit, noise, y, path=s.path, generator=draws, **common)
+            return ode_sample(self.sit, noise, y, heun=s.sampler == "heun", **common)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -95,6 +117,13 @@ class Generator:
         z = self.sit.bn.denormalize(latents, without_eps=self.settings.bn_inverse_without_eps)
         images: Tensor = self.vae.decode(z.float())
         return images
+
+
+def require_same_latents(model: Mapping[str, Any], guide: Mapping[str, Any]) -> None:
+    """ValueError unless a guide's SiT (`SiT.spec`) has the model's latents and classes."""
+    for name in ("input_size", "in_channels", "num_classes"):
+        if model[name] != guide[name]:
+            raise ValueError(f"generate.guide: its SiT has {name}={guide[name]}, the model's {model[name]}")
 
 
 def to_uint8(images: Tensor, rounding: str = "truncate") -> Tensor:

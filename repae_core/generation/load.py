@@ -8,8 +8,8 @@ from typing import Any
 
 from repae_core.artifact_models import load_latent_stats, load_sit, load_vae, open_artifact_uri
 from repae_core.artifacts import Artifact
-from repae_core.artifacts.checkpoints import FOLDER
-from repae_core.generation.generator import Generator, SamplerSettings
+from repae_core.artifacts.checkpoints import FOLDER, read_record, resolve_checkpoint
+from repae_core.generation.generator import Generator, SamplerSettings, require_same_latents
 from repae_core.interop import (
     ReferenceCheckpoint,
     load_reference_checkpoint,
@@ -19,14 +19,59 @@ from repae_core.interop import (
 
 
 def build_generator(
-    model: Artifact, vae: Artifact, *, checkpoint: str = "last", weights: str = "ema", **settings: Any
+    model: Artifact,
+    vae: Artifact,
+    guide: Artifact | None = None,
+    *,
+    checkpoint: str = "last",
+    weights: str = "ema",
+    guide_checkpoint: str = "last",
+    guide_weights: str = "ema",
+    **settings: Any,
 ) -> Generator:
-    """SiT of `model` with the VAE of `vae`; a joint SiT takes the statistics measured on that VAE."""
+    """SiT of `model` with the VAE of `vae`; a joint SiT takes the statistics measured on that VAE.
+
+    guide: a training artifact whose SiT takes the place of the unconditional half.
+
+    Raises:
+        ValueError: no such checkpoint, or a guide that does not fit (see `require_guide`).
+    """
     sit, record = load_sit(model, checkpoint, weights)
     if model.stage == "train-repae":
         scale, bias = load_latent_stats(vae)
         sit.set_latent_stats(scale=scale, bias=bias)
-    return Generator(sit, load_vae(vae), SamplerSettings(**{"path": record["path"]} | settings))
+    weaker = None
+    if guide is not None:
+        require_guide(model, guide, checkpoint=checkpoint, guide_checkpoint=guide_checkpoint)
+        weaker, _ = load_sit(guide, guide_checkpoint, guide_weights)
+    return Generator(sit, load_vae(vae), SamplerSettings(**{"path": record["path"]} | settings), guide=weaker)
+
+
+def require_guide(model: Artifact, guide: Artifact, *, checkpoint: str, guide_checkpoint: str) -> None:
+    """Both models must mean the same by a latent: only their records are read.
+
+    Raises:
+        ValueError: the guide has other latents, classes, path or VAE; or a joint model of another training.
+    """
+    ours, theirs = checkpoint_record(model, checkpoint), checkpoint_record(guide, guide_checkpoint)
+    require_same_latents(ours["sit"], theirs["sit"])
+    if ours["path"] != theirs["path"]:
+        raise ValueError(f"generate.guide: trained on the {theirs['path']} path, the model on the {ours['path']} path")
+    if model.stage == "train-repae":
+        if guide.fingerprint != model.fingerprint:
+            raise ValueError("generate.guide: a joint model's guide must be a checkpoint of the same training")
+    elif _vae_of(model) != _vae_of(guide):
+        raise ValueError(f"generate.guide: {guide.uri} was trained on the latents of another VAE than the model")
+
+
+def checkpoint_record(model: Artifact, checkpoint: str) -> dict[str, Any]:
+    """The record of a training artifact's checkpoint; ValueError listing what there is."""
+    return read_record(model, resolve_checkpoint(model, checkpoint))
+
+
+def _vae_of(model: Artifact) -> str | None:
+    manifest = model.manifest()
+    return manifest.inputs["vae"].fingerprint if manifest and "vae" in manifest.inputs else None
 
 
 def load_model(uri: str | Path, *, vae: str | Path | None = None, **settings: Any) -> Generator:
@@ -59,8 +104,9 @@ def load_model(uri: str | Path, *, vae: str | Path | None = None, **settings: An
         return build_generator(artifact, inputs["vae"], checkpoint=checkpoint, **settings)
     sampler = artifact.read_json("samples.json")["sampler"]
     sampler["interval"] = tuple(sampler["interval"])
-    chosen = {name: manifest.config["config"][name] for name in ("checkpoint", "weights")}
-    return build_generator(inputs["model"], inputs["vae"], **chosen | sampler | settings)
+    names = ("checkpoint", "weights", "guide_checkpoint", "guide_weights")
+    chosen = {name: value for name, value in manifest.config["config"].items() if name in names}
+    return build_generator(inputs["model"], inputs["vae"], inputs.get("guide"), **chosen | sampler | settings)
 
 
 def _published_model(checkpoint: ReferenceCheckpoint, vae: str | Path | None, settings: dict[str, Any]) -> Generator:

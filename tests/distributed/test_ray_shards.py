@@ -1,11 +1,10 @@
 """Preprocess and cache-latents on two real Ray workers: the same bytes as in one process, also after a kill."""
 
 import threading
-import time
 
-import psutil
 import pytest
 import tiny
+from ray_workers import kill_a_worker
 
 from repae_core.artifacts import Artifact, RunRecord, Store
 from tasks.cache_latents import cache_latents
@@ -29,19 +28,6 @@ def made(record, stage) -> dict[str, str]:
     return tiny.contents(artifact)
 
 
-def kill_a_worker(killed: list[str], key: str, folder: Store) -> None:
-    """SIGKILL the first Ray worker that is seen once a file of that kind is there."""
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and not killed:
-        found = [name for name in folder.files("cache-latents") if key in name]
-        for process in psutil.process_iter(["cmdline"]) if found else ():
-            if "ray::RayTrainWorker" in "".join(process.info["cmdline"] or []):
-                process.kill()
-                killed.append(found[0])
-                return
-        time.sleep(0.02)
-
-
 def test_two_workers_write_the_same_bytes(tmp_path, home, monkeypatch):
     monkeypatch.chdir(tmp_path)  # Ray's workers have another working folder, where `images` does not exist
     images = tiny.write_images(tmp_path / "images")
@@ -51,7 +37,7 @@ def test_two_workers_write_the_same_bytes(tmp_path, home, monkeypatch):
     one = run_stages(tiny.config(images, tmp_path / "one", *small))
     killed: list[str] = []
     store = Store(str(tmp_path / "two"))
-    thread = threading.Thread(target=kill_a_worker, args=(killed, ".safetensors", store))
+    thread = threading.Thread(target=kill_a_worker, args=(killed, ".safetensors", store, "cache-latents"))
     thread.start()
     two = run_stages(tiny.config("images", store.url, *small, *workers))
     thread.join()

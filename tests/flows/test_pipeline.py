@@ -14,6 +14,7 @@ from repae_core import load_model
 from repae_core.artifacts import Artifact, Lease, LeaseHeld, Store, list_runs
 from repae_core.artifacts.checkpoints import committed_checkpoints
 from repae_core.config import STAGES
+from repae_core.stages.generate import read_samples
 from tasks.pipeline_run import open_run
 from tasks.plan import decide_all, make_plan
 
@@ -291,6 +292,22 @@ def test_generation_from_the_joint_model(finished):
     samples = Artifact(finished.store, "generate", record.stages["generate"].fingerprint)
     stats = finished.artifact("extract-vae").read_json("latent_stats.json")
     assert samples.read_json("samples.json")["scale"] == pytest.approx(stats["scale"])
+
+
+def test_autoguidance_by_an_earlier_checkpoint(finished):
+    record = finished.run("generate.guide=train-ldm", "generate.guide_checkpoint=16", "evaluate.vae_images=0")
+    assert made(record) == ["generate", "evaluate"]
+    samples = Artifact(finished.store, "generate", record.stages["generate"].fingerprint)
+    assert samples.manifest().inputs["guide"].fingerprint == finished.artifact("train-ldm").fingerprint
+    assert samples.read_json("samples.json")["guide_weights"] == "ema"
+    pixels, labels = read_samples(samples, 2)
+    assert not np.array_equal(pixels, read_samples(finished.artifact("generate"), 2)[0])
+    again = load_model(samples.uri).sample(labels[:4], seed=0).permute(0, 2, 3, 1).numpy()
+    assert np.abs(again.astype(int) - pixels[:4]).max() <= 1
+    with pytest.raises(ValueError, match=r"no checkpoint '17'; there are: last, 16, 32"):
+        finished.run("generate.guide=train-ldm", "generate.guide_checkpoint=17")
+    plain = finished.configure("generate.guide_checkpoint=16")  # without a guide it changes nothing
+    assert make_plan(plain, finished.store).stages["generate"].artifact.is_whole()
 
 
 def test_memory_store(home, tmp_path):

@@ -1,5 +1,6 @@
 """Interpolants, samplers and draws where the parity data does not look."""
 
+import functools
 import math
 
 import pytest
@@ -139,3 +140,56 @@ def test_unknown_names():
         Interpolant("straight")
     with pytest.raises(ValueError, match="weighting='logit'; known: uniform, lognormal"):
         Interpolant().sample_time(2, "logit")
+
+
+def calls_of(sampler, *, guide=None, **settings):
+    """(rows, time) of every call of the model."""
+    model = Counted()
+    sampler(model, torch.zeros(2, 1, 2, 2), Y, null_class=9, guide=guide, **settings)
+    return [(rows, round(t, 6)) for rows, t, _ in model.calls]
+
+
+HEUN = functools.partial(ode_sample, heun=True)
+
+
+@pytest.mark.parametrize(("sampler", "calls"), [(ode_sample, 4), (HEUN, 7), (sde_sample, 4)])
+def test_no_more_calls_than_steps(sampler, calls):
+    """Heun's corrector is skipped on the last step; the SDE's last step, 0.04 -> 0, is one call."""
+    assert [rows for rows, _ in calls_of(sampler, steps=4)] == [2] * calls
+    assert [rows for rows, _ in calls_of(sampler, steps=4, guidance=3.0)] == [4] * calls
+    assert [rows for rows, _ in calls_of(sampler, steps=4, guidance=0.0)] == [2] * calls
+    assert [rows for rows, _ in calls_of(sampler, steps=4, guidance=3.0, interval=(0.1, 0.2))] == [2] * calls
+    assert calls_of(sampler, steps=4)[-1][1] == {ode_sample: 0.25, HEUN: 0.25, sde_sample: 0.04}[sampler]
+
+
+def test_without_guidance_or_without_the_class_one_half_is_enough():
+    for scale, labels in ((1.0, Y.tolist()), (0.0, [9, 9])):
+        model = Counted()
+        ode_sample(model, torch.zeros(2, 1, 2, 2), Y, steps=2, guidance=scale, null_class=9)
+        assert [asked for _, _, asked in model.calls] == [labels, labels]
+
+
+def test_the_interval_skips_the_unconditional_half_outside():
+    """Both ends belong to it; the start of a step decides, for Heun's corrector and the SDE's last step too."""
+    guided = {"guidance": 2.0, "interval": (0.5, 0.75)}
+    assert calls_of(ode_sample, steps=4, **guided) == [(2, 1.0), (4, 0.75), (4, 0.5), (2, 0.25)]
+    assert calls_of(HEUN, steps=4, **guided) == [
+        (2, 1.0), (2, 0.75),
+        (4, 0.75), (4, 0.5),
+        (4, 0.5), (4, 0.25),
+        (2, 0.25),
+    ]  # fmt: skip
+    guided["interval"] = (0.04, 0.3)
+    assert calls_of(sde_sample, steps=4, **guided) == [(2, 1.0), (2, 0.68), (2, 0.36), (4, 0.04)]
+
+
+@pytest.mark.parametrize("sampler", [ode_sample, HEUN, sde_sample])
+def test_autoguidance_asks_the_guide_only_where_guidance_is_on(sampler):
+    guide = Counted(1.0)
+    model = calls_of(sampler, steps=4, guidance=2.0, interval=(0.3, 0.8), guide=guide)
+    assert {rows for rows, _ in model} == {2}
+    steps_inside = {ode_sample: 2, HEUN: 4, sde_sample: 2}[sampler]
+    assert [rows for rows, _, _ in guide.calls] == [2] * steps_inside
+    unused = Counted()
+    calls_of(sampler, steps=4, guidance=1.0, guide=unused)
+    assert unused.calls == []

@@ -1,10 +1,15 @@
+import io
+
 import numpy as np
 import pytest
 import torch
 
 from repae_core.artifacts import Artifact, Store
+from repae_core.config import GenerateConfig
 from repae_core.generation import Generator, SamplerSettings, sample_labels, to_uint8
 from repae_core.generation.load import load_model, open_artifact_uri
+from repae_core.generation.pictures import class_grid, one_class_grid
+from repae_core.generation.sample_file import write_sample_file
 from repae_core.models import build_sit, build_vae
 
 VAE = {"base_channels": 16, "channel_multipliers": (1, 2), "num_res_blocks": 1, "latent_channels": 4, "norm_groups": 16}
@@ -93,3 +98,73 @@ def test_loading_what_is_not_a_model(tmp_path):
         ValueError, match="expected an artifact of train-repae, train-ldm or generate, not of preprocess"
     ):
         load_model(other.uri)
+
+
+def test_a_guide_takes_the_unconditional_half(models):
+    sit, vae = models
+    torch.manual_seed(1)
+    weaker = build_sit("SiT-Tiny/2", input_size=8, in_channels=4, num_classes=3, z_dims=(8,), encoder_depth=2)
+    settings = SamplerSettings(steps=3, guidance=2.0)
+    free = Generator(sit, vae, settings).sample([0, 1])
+    assert not torch.equal(Generator(sit, vae, settings, guide=weaker).sample([0, 1]), free)
+    itself = Generator(sit, vae, settings, guide=sit).sample([0, 1])
+    unguided = Generator(sit, vae, SamplerSettings(steps=3)).sample([0, 1])
+    assert int((itself.int() - unguided.int()).abs().max()) <= 1
+    other = build_sit("SiT-Tiny/2", input_size=8, in_channels=4, num_classes=4, z_dims=(8,), encoder_depth=2)
+    with pytest.raises(ValueError, match=r"generate\.guide: its SiT has num_classes=4, the model's 3"):
+        Generator(sit, vae, settings, guide=other)
+
+
+def test_bf16_is_of_sits_products_only(models):
+    sit, vae = models
+    types = []
+    hooks = [sit.blocks[0].mlp.fc1.register_forward_hook(lambda *a: types.append(a[2].dtype)),
+             vae.decoder.register_forward_hook(lambda *a: types.append(a[2].dtype))]  # fmt: skip
+    rough = generator(models, mixed_precision="bf16").sample([0, 1])
+    for hook in hooks:
+        hook.remove()
+    assert types == [torch.bfloat16] * 3 + [torch.float32]
+    exact = generator(models).sample([0, 1])
+    assert not torch.equal(rough, exact)
+    assert float((rough.float() - exact.float()).abs().mean()) < 5
+
+
+def test_sample_file_is_written_in_parts():
+    """What NumPy writes in one go is read the same, and the parts leave no trace."""
+    images = np.random.default_rng(0).integers(0, 256, (7, 4, 4, 3), dtype=np.uint8)
+    files = []
+    for cuts in ([], [3], [1, 2, 6]):
+        stream = io.BytesIO()
+        write_sample_file(stream, 7, np.split(images, cuts))
+        files.append(stream.getvalue())
+    assert files[0] == files[1] == files[2]
+    with np.load(io.BytesIO(files[0]), allow_pickle=False) as loaded:
+        assert loaded.files == ["arr_0"]
+        assert np.array_equal(loaded["arr_0"], images)
+    with pytest.raises(ValueError, match="7 images for a file of 8"):
+        write_sample_file(io.BytesIO(), 8, [images])
+
+
+def test_grids_show_the_first_samples_of_classes_that_occur():
+    labels = np.array([207, 3, 207, 3, 3])
+    pixels = np.stack([np.full((64, 64, 3), 40 * i, dtype=np.uint8) for i in range(5)])
+    grid = np.asarray(class_grid(pixels, labels))
+    margin = grid.shape[1] - 10 * 66 - 2
+    rows = [[int(grid[row * 66 + 30, margin + column * 66 + 30, 0]) for column in range(4)] for row in range(2)]
+    assert rows == [[40, 120, 160, 40], [0, 80, 0, 80]]  # class 3, then class 207; few are repeated
+    assert one_class_grid(pixels[:3]).size[1] < one_class_grid(np.concatenate([pixels] * 2)).size[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"guide": "latest"}, "guide is given, but guidance=1 never calls it"),
+        ({"guide": "train-repae", "guidance": 2.0}, "another stage than model='train-ldm'"),
+        ({"guidance_interval": (0.7, 0.1)}, "0 <= low <= high <= 1"),
+        ({"labels": "cats"}, "a list of class numbers"),
+        ({"mixed_precision": "fp8"}, "'no' or 'bf16'"),
+    ],
+)
+def test_settings_that_cannot_be(settings, message):
+    with pytest.raises(ValueError, match=message):
+        GenerateConfig(**settings)
