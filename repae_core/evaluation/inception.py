@@ -33,6 +33,7 @@ class InceptionV3(FeatureExtractorInceptionV3):  # type: ignore[misc]
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Images uint8 [B,3,H,W] -> see the class."""
         pool, logits = super().forward(x)
         spatial, self._spatial = self._spatial, None
         assert spatial is not None
