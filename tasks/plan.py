@@ -14,12 +14,12 @@ from repae_core.remote_files import local_copy, sha256_of
 # Raised when a stage's output changes for the same config.
 VERSIONS = {
     "preprocess": 2,
-    "train-repae": 2,
+    "train-repae": 3,
     "extract-vae": 1,
     "cache-latents": 4,
     "train-ldm": 2,
     "generate": 2,
-    "evaluate": 1,
+    "evaluate": 2,
 }
 
 

@@ -4,7 +4,6 @@ from repae_core.evaluation.extractors import (
     FeatureExtractor,
     Features,
     build_extractor,
-    check_extractor,
     join_features,
 )
 from repae_core.evaluation.frechet import frechet_distance
@@ -31,7 +30,6 @@ __all__ = [
     "ReferenceFile",
     "batches_of",
     "build_extractor",
-    "check_extractor",
     "class_accuracy",
     "frechet_distance",
     "inception_score",

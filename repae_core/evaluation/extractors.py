@@ -10,14 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from repae_core.config.encoders import ENCODERS
+from repae_core.config.stages import require_extractor
 from repae_core.digits.networks import load_digit_features
-from repae_core.encoders import build_encoder, encoder_names, encoder_spec
+from repae_core.encoders import build_encoder
 from repae_core.encoders.weights import load_vision_transformer
 from repae_core.evaluation.inception import INCEPTION_SHA256, load_inception
 from repae_core.remote_files import local_copy, sha256_of
 from repae_core.weights import load_weights, read_state_dict
 
-OWN_EXTRACTORS = ("inception", "dinov2", "digits")  # besides these, every encoder
 _DINOV2_GRID = 16  # 224 pixels in patches of 14
 
 
@@ -90,22 +91,11 @@ def build_extractor(name: str, weights: str | None = None) -> FeatureExtractor:
     Raises:
         ValueError: unknown name, missing or unfitting weights; one line that names the file.
     """
-    check_extractor(name)
+    require_extractor(name)
     build = {"inception": _inception, "dinov2": _dinov2, "digits": _digits}.get(name)
     extractor = build(weights) if build else _encoder(name, weights)
     extractor.network.eval().requires_grad_(False)
     return replace(extractor, weights_sha256=sha256_of(local_copy(weights)) if weights else "")
-
-
-def check_extractor(name: str) -> None:
-    """ValueError for a name that `build_extractor` does not know."""
-    if name in OWN_EXTRACTORS:
-        return
-    try:
-        encoder_spec(name)
-    except ValueError:
-        known = ", ".join((*OWN_EXTRACTORS, *encoder_names()))
-        raise ValueError(f"unknown extractor {name!r}; known: {known}, timm/<model>") from None
 
 
 def _inception(weights: str | None) -> FeatureExtractor:
@@ -127,7 +117,7 @@ def _digits(weights: str | None) -> FeatureExtractor:
 
 def _dinov2(weights: str | None) -> FeatureExtractor:
     """FD-DINOv2 (Stein et al. 2023): ViT-L/14's class token after the last norm, of images resized to 224."""
-    spec = encoder_spec("dinov2-vit-l")
+    spec = ENCODERS["dinov2-vit-l"]
     network: Any = load_vision_transformer("dinov2-vit-l", spec, weights, grid=_DINOV2_GRID)
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (spec.mean, spec.std))
     side = spec.patch * _DINOV2_GRID

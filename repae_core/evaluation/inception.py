@@ -16,7 +16,7 @@ INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 SPATIAL_CHANNELS = 7
 
 
-class InceptionV3(FeatureExtractorInceptionV3):  # type: ignore[misc]
+class InceptionV3(FeatureExtractorInceptionV3):
     """`network(images)` -> pool3 [B,2048], unbiased logits [B,1008], spatial features [B,2023]; fp32.
 
     images: uint8 [B,3,H,W], resized to 299 as the TF graph does. Spatial: the first 7 channels of the 1x1 branch of

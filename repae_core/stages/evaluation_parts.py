@@ -20,7 +20,7 @@ from repae_core.data import ImageShards, batch_indices, work_share
 from repae_core.diffusion import item_generators, randn
 from repae_core.evaluation import FeatureExtractor, Features, Moments, batches_of, merge_moments, psnr, ssim
 from repae_core.generation import Generator, SamplerSettings, to_uint8
-from repae_core.losses import PerceptualLoss
+from repae_core.losses.perceptual import PerceptualLoss
 from repae_core.models import KLVAE, SiT
 
 Progress = Callable[[int, int], None]
@@ -163,10 +163,10 @@ class _Gathered:
     """Moments and kept rows of one stream of batches."""
 
     def __init__(self, extractor: FeatureExtractor) -> None:
-        self.extractor, self.parts, self.kept, self.logits = extractor, {}, [], []
-        self.parts: dict[str, list[Moments]]
-        self.kept: list[Tensor]
-        self.logits: list[Tensor]
+        self.extractor = extractor
+        self.parts: dict[str, list[Moments]] = {}
+        self.kept: list[Tensor] = []
+        self.logits: list[Tensor] = []
 
     def add(self, images: Tensor, keep: np.ndarray | slice = slice(None)) -> None:
         found = self.extractor.batch(images)

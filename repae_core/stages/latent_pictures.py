@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from repae_core.evaluation import FeatureExtractor
 from repae_core.evaluation.grids import image_grid, png_bytes
 from repae_core.models import KLVAE
 
@@ -67,8 +66,9 @@ def channel_statistics(latents: Tensor) -> dict[str, list[float]]:
 
 def analyse_latents(vaes: dict[str, KLVAE], images: Tensor) -> tuple[dict[str, Any], bytes]:
     """Numbers of each VAE (`before`, `after`) and a picture: images above, PCA of each VAE's latents below."""
-    rows, numbers, count = [images[:16]], {}, min(16, len(images))
-    names = [name for name in ("before", "after") if name in vaes]
+    rows, count = [images[:16]], min(16, len(images))
+    numbers: dict[str, Any] = {}
+    names: list[str] = [name for name in ("before", "after") if name in vaes]
     for name in names:
         latents = posterior_means(vaes[name], images)
         numbers[name] = channel_statistics(latents) | {"spectrum": spectrum(latents), "images": len(images)}
@@ -78,9 +78,7 @@ def analyse_latents(vaes: dict[str, KLVAE], images: Tensor) -> tuple[dict[str, A
     return numbers, png_bytes(image_grid(torch.cat(rows), columns=count, scale=scale, labels=["images", *names]))
 
 
-def nearest_neighbours(
-    samples: Tensor, features: Tensor, extractor: FeatureExtractor, real: Tensor, *, count: int
-) -> tuple[Tensor, Tensor]:
+def nearest_neighbours(samples: Tensor, features: Tensor, real: Tensor, *, count: int) -> tuple[Tensor, Tensor]:
     """For samples uint8 [Q,3,H,W]: numbers and Euclidean distances [Q,count] of the nearest `real` features [N,D].
 
     features: those of all samples [M,D]; queries are its first Q rows.
@@ -93,7 +91,9 @@ def nearest_neighbours(
 def neighbour_picture(samples: Tensor, neighbours: Tensor) -> bytes:
     """One row a sample: the sample [Q,3,H,W], then its nearest real images [Q,K,3,H,W]."""
     together = torch.cat([samples[:, None], neighbours], dim=1)
-    return png_bytes(image_grid(together.flatten(0, 1), columns=together.shape[1], scale=max(1, 64 // samples.shape[-1])))
+    return png_bytes(
+        image_grid(together.flatten(0, 1), columns=together.shape[1], scale=max(1, 64 // samples.shape[-1]))
+    )
 
 
 def memorised(sample_distances: Tensor, real: Tensor, *, most: int = 2000) -> dict[str, float]:
