@@ -1,4 +1,4 @@
-"""What each worker of `preprocess`, `cache-latents`, `generate` and `evaluate` runs, under Ray Train or in this process.
+"""What each worker of the sharded stages (all but the training ones) runs, under Ray Train or in this process.
 
 Each writes its share of the shards (or parts); their bytes do not depend on who writes them. Imports neither
 Prefect nor MLflow.
