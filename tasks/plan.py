@@ -235,6 +235,14 @@ def _require_timm_models(config: PipelineConfig) -> None:
                     raise ValueError(f"{section}.encoder: {error}") from None
 
 
+def require_extractor_weights(config: PipelineConfig) -> None:
+    """Inception's weights are the user's to give; ValueError with the command that fetches them, before any work."""
+    if config.evaluate.extractor == "inception" and not config.evaluate.extractor_weights:
+        from repae_core.evaluation.inception import missing_weights
+
+        raise ValueError(missing_weights())
+
+
 def _require_classes(config: PipelineConfig, found: int) -> None:
     for section in ("train_repae", "train_ldm"):
         configured = getattr(config, section).num_classes
