@@ -96,8 +96,14 @@ class Evaluation:
         return {"after": load_vae(self.inputs["vae"])} | ({"before": before} if before else {})
 
     def _cached(self) -> Reference | None:
-        description = f"{self.file.name}" if self.file else f"all {len(self.images):,} preprocessed images"
-        return saved_reference(self.out.store, self.cache_key, description=description, sha256=self.reference_sha256)
+        return saved_reference(
+            self.out.store, self.cache_key, description=self._images_in_words(), sha256=self.reference_sha256
+        )
+
+    def _images_in_words(self) -> str:
+        if self.file is None:
+            return f"all {len(self.images):,} preprocessed images"
+        return self.file.name if self.file.images is None else f"{len(self.file.images):,} images of {self.file.name}"
 
     def finish(self) -> dict[str, Any]:
         """Write `metrics.json` (also returned) and the pictures; remove the parts."""
@@ -123,14 +129,14 @@ class Evaluation:
 
     def _reference(self) -> Reference:
         """Of the images where they were gone through now, or before; a file's own statistics win."""
-        found = self.cached
+        # Another run may have kept them since; workers that saw this left the reference's parts out.
+        found = self.cached or self._cached()
         if found is None and self.work.need_reference:
             parts = read_parts(self.work, "reference")
             pool, spatial = joined_moments(parts, "pool"), joined_moments(parts, "spatial")
             assert pool is not None
-            what = f"{pool.count:,} images of {self.file.name}" if self.file else None
             found = Reference(
-                what or f"all {pool.count:,} preprocessed images",
+                self._images_in_words(),
                 pool.mean,
                 pool.covariance,
                 joined_features(parts).features,

@@ -78,6 +78,7 @@ def test_a_reference_file_of_the_same_images_gives_the_same_scores(finished, tmp
     np.savez(tmp_path / "reference.npz", arr_0=pixels)
     auto, file = evaluate(finished, "auto"), evaluate(finished, "file", reference=str(tmp_path / "reference.npz"))
     close(auto, file, rel=1e-9)
+    assert evaluate(finished, "file", reference=str(tmp_path / "reference.npz")) == file  # with the kept statistics
     assert "36 images of reference.npz" in file["protocol"]["reference"]
 
 
