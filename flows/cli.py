@@ -93,6 +93,20 @@ def report(
     make_report(run, store, output)
 
 
+@app.command(epilog="Examples: `repae compare latest 20261123` · `repae compare RUN RUN RUN -o compare.html`")
+def compare(
+    runs: Annotated[list[str], typer.Argument(help="Two or more runs: id, unique prefix, or `latest`.")],
+    store: StoreOption = "",
+    output: Annotated[str, typer.Option("--output", "-o", help="Also write the page to this file.")] = "",
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the noise that all rows share.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Scores of runs in one table, and their samples side by side from the same noise."""
+    from flows.compare_command import compare_runs
+
+    compare_runs(runs, store, output, seed)
+
+
 @app.command(epilog="Examples: `repae verify` · `repae verify train-ldm`")
 def verify(
     stage: Annotated[str, typer.Argument(help="Stage to check; all by default.")] = "",

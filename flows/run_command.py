@@ -53,7 +53,7 @@ def check_before_start(
 ) -> None:
     """Everything that can be wrong in the input, before any service starts."""
     from tasks.pipeline_run import forced_stages
-    from tasks.plan import decide, input_references, make_plan
+    from tasks.plan import decide, input_references, make_plan, require_extractor_weights
     from tasks.stage import require_inputs
 
     forced = forced_stages(force)
@@ -61,6 +61,8 @@ def check_before_start(
     store.check()
     references = {only: input_references(config, only, inputs)} if only else {}
     plan = make_plan(config, store, references=references)
+    if only in (None, "evaluate"):
+        require_extractor_weights(config)
     if only is not None:
         if only not in plan.stages:
             raise ValueError(

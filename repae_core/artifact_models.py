@@ -13,6 +13,8 @@ from repae_core.artifacts import Artifact, Store
 from repae_core.artifacts.checkpoints import FOLDER, read_record, resolve_checkpoint
 from repae_core.models import KLVAE, SiT, build_vae
 
+UNTUNED_VAE = "untuned-vae.safetensors"  # in a train-repae artifact
+
 
 def open_artifact_uri(uri: str | Path) -> Artifact:
     """The artifact at `{store}/{stage}/{fingerprint}`; ValueError when it is not a whole artifact."""
@@ -29,6 +31,20 @@ def load_vae(artifact: Artifact) -> KLVAE:
     """The VAE of an extract-vae artifact, in eval mode."""
     vae = build_vae(artifact.read_json("vae.json"))
     vae.load_state_dict(load_safetensors(artifact.read_bytes("vae.safetensors")))
+    return vae.eval().requires_grad_(False)
+
+
+def load_untuned_vae(tuned: Artifact) -> KLVAE | None:
+    """The VAE that the joint training behind an extract-vae artifact started from; None where that is not kept."""
+    manifest = tuned.manifest()
+    entry = manifest.inputs.get("model") if manifest else None
+    if entry is None:
+        return None
+    joint = Artifact(tuned.store, entry.stage, entry.fingerprint)
+    if not joint.exists(UNTUNED_VAE):
+        return None
+    vae = build_vae(tuned.read_json("vae.json"))
+    vae.load_state_dict(load_safetensors(joint.read_bytes(UNTUNED_VAE)))
     return vae.eval().requires_grad_(False)
 
 

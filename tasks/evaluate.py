@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from prefect.artifacts import create_table_artifact
+from prefect.context import FlowRunContext
+
 from tasks.pipeline_run import PipelineRun
+from tasks.sharding import write_shards
+from tasks.sharding_worker import evaluation, evaluation_worker
 from tasks.stage import StageContext, StageOutcome, run_stage, stage_task
 
 
@@ -15,32 +20,33 @@ def evaluate(run: PipelineRun) -> dict[str, Any]:
 
 
 def execute(context: StageContext) -> StageOutcome:
-    """The stage's work."""
-    from repae_core.data import ImageShards
-    from repae_core.stages.evaluate import evaluate_samples
-
-    config, section = context.config, context.config.evaluate
-    metrics = evaluate_samples(
-        context.inputs["samples"],
-        ImageShards(context.inputs["images"]),
-        context.inputs["vae"],
-        context.artifact,
-        extractor_name=section.extractor,
-        extractor_weights=section.extractor_weights or None,
-        reference=section.reference,
-        neighbours=section.neighbours,
-        vae_images=section.vae_images,
-        untrained_baseline=section.untrained_baseline,
-        seed=config.seed,
-        batch_size=section.batch_size,
-        progress=context.progress,
+    """The stage's work; the table also goes to MLflow and Prefect."""
+    section = context.config.evaluate
+    evaluated = evaluation(context.config, context.inputs, context.artifact)
+    write_shards(
+        context,
+        evaluation_worker,
+        workers=section.workers,
+        cpus_per_worker=section.cpus_per_worker,
+        gpus_per_worker=section.gpus_per_worker,
     )
+    metrics = evaluated.finish()
     scores = {
         f"{row}.{name}": value
         for row, values in metrics["rows"].items()
         for name, value in values.items()
         if isinstance(value, float)
     }
-    if section.vae_images:
-        context.tracking.log_picture(context.artifact.read_bytes("reconstructions.png"), "reconstructions")
-    return StageOutcome(summary=metrics, scores=scores)
+    for name in ("reconstructions", "latents", "neighbours"):
+        if context.artifact.exists(f"{name}.png"):
+            context.tracking.log_picture(context.artifact.read_bytes(f"{name}.png"), name)
+    rows = [{"row": name} | {c: values.get(c) for c in metrics["columns"]} for name, values in metrics["rows"].items()]
+    context.tracking.log_table(rows, "scores")
+    _show_in_prefect(rows, metrics["protocol"])
+    return StageOutcome(summary=metrics, scores=scores, workers=section.workers)
+
+
+def _show_in_prefect(rows: list[dict[str, Any]], protocol: dict[str, str]) -> None:
+    if FlowRunContext.get() is not None:
+        words = "; ".join(f"{name}: {value}" for name, value in protocol.items())
+        create_table_artifact(table=rows, key="scores", description=words)

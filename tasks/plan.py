@@ -14,12 +14,12 @@ from repae_core.remote_files import local_copy, sha256_of
 # Raised when a stage's output changes for the same config.
 VERSIONS = {
     "preprocess": 2,
-    "train-repae": 2,
+    "train-repae": 3,
     "extract-vae": 1,
     "cache-latents": 4,
     "train-ldm": 2,
     "generate": 2,
-    "evaluate": 1,
+    "evaluate": 2,
 }
 
 
@@ -233,6 +233,14 @@ def _require_timm_models(config: PipelineConfig) -> None:
                     encoder_dim(name)
                 except ValueError as error:
                     raise ValueError(f"{section}.encoder: {error}") from None
+
+
+def require_extractor_weights(config: PipelineConfig) -> None:
+    """Inception's weights are the user's to give; ValueError with the command that fetches them, before any work."""
+    if config.evaluate.extractor == "inception" and not config.evaluate.extractor_weights:
+        from repae_core.evaluation.inception import missing_weights
+
+        raise ValueError(missing_weights())
 
 
 def _require_classes(config: PipelineConfig, found: int) -> None:

@@ -52,6 +52,9 @@ def render_report(store: Store, record: RunRecord) -> str:
         samples=samples.read_json("samples.json") if samples else None,
         reconstructions=_picture(scores, "reconstructions.png") if scores else None,
         sweep=sweep_section(store, record.run_id),
+        latents=_picture(scores, "latents.png") if scores else None,
+        spectra=_spectra(scores.read_json("metrics.json").get("latents", {})) if scores else None,
+        neighbours=_picture(scores, "neighbours.png") if scores else None,
         curves={name: _curves(done[name], groups) for name, groups in _CURVES.items() if name in done},
         previews={title: _previews(done[name]) for name, title in _PICTURES.items() if name in done},
         config=json.dumps(record.config, indent=1),
@@ -109,6 +112,33 @@ def _curves(artifact: Artifact, groups: tuple[tuple[str, ...], ...]) -> str | No
         axis.set_xlabel("images seen")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
+    return _svg(figure)
+
+
+def _spectra(latents: dict[str, Any]) -> str | None:
+    """Power of each VAE's latents against frequency, and the share of variance in each principal component."""
+    if not latents:
+        return None
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    from matplotlib import pyplot as plt
+
+    figure, (power, shares) = plt.subplots(1, 2, figsize=(8.4, 2.8), layout="constrained")
+    for name, numbers in latents.items():
+        power.semilogy(range(1, len(numbers["spectrum"])), numbers["spectrum"][1:], label=name, linewidth=1.2)
+        shares.plot(range(1, len(numbers["principal_share"]) + 1), numbers["principal_share"], ".-", label=name)
+    power.set(xlabel="spatial frequency, cycles an image", ylabel="power (white noise = 1)")
+    shares.set(xlabel="principal component", ylabel="share of variance")
+    for axis in (power, shares):
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    return _svg(figure)
+
+
+def _svg(figure: Any) -> str:
+    from matplotlib import pyplot as plt
+
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg")
     plt.close(figure)

@@ -1,6 +1,7 @@
-"""What each worker of `preprocess`, `cache-latents` and `generate` runs, under Ray Train or in this process.
+"""What each worker of the sharded stages (all but the training ones) runs, under Ray Train or in this process.
 
-Each writes its share of the shards; a shard's bytes do not depend on who writes it. Imports neither Prefect nor MLflow.
+Each writes its share of the shards (or parts); their bytes do not depend on who writes them. Imports neither
+Prefect nor MLflow.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from repae_core.data.sources import ImageSource
     from repae_core.generation import Generator
     from repae_core.stages.cache_latents import LatentWork
+    from repae_core.stages.evaluate import Evaluation
     from repae_core.stages.generate import SampleWork
 
 Report = Callable[[dict[str, Any]], None]
@@ -90,6 +92,33 @@ def generate_worker(payload: dict[str, Any], report: Report) -> dict[str, Any]:
         )
         used = {"weights": section.weights, "guide_weights": section.guide_weights if section.guide else None}
         return used | describe_generator(generator)
+
+
+def evaluation_worker(payload: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Make this worker's share of the parts that scores are made of."""
+    from repae_core.stages.evaluation_parts import write_missing_parts
+
+    config = PipelineConfig.model_validate(payload["config"])
+    section = config.evaluate
+    rank, world = _rank_and_world()
+    inputs = {role: open_artifact(reference) for role, reference in payload["inputs"].items()}
+    with final_errors(section.workers > 0):
+        write_missing_parts(
+            evaluation(config, inputs, open_artifact(payload["out"])).work,
+            rank=rank,
+            world=world,
+            device=_device(section.gpus_per_worker),
+            batch_size=section.batch_size,
+            progress=_reporter(rank, report),
+        )
+    return {}
+
+
+def evaluation(config: PipelineConfig, inputs: Mapping[str, Artifact], out: Artifact) -> Evaluation:
+    """What is scored, equal in every worker."""
+    from repae_core.stages.evaluate import Evaluation
+
+    return Evaluation(dict(inputs), out, config.evaluate, seed=config.seed)
 
 
 def preprocess_work(config: PipelineConfig, source: ImageSource, out: Artifact) -> PreprocessWork:

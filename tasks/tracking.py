@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -207,6 +207,11 @@ class StageRun:
         """Final values, without a step."""
         for name, value in scores.items():
             self._client.log_metric(self.run_id, name, value)
+
+    def log_table(self, rows: Sequence[Mapping[str, Any]], name: str) -> None:
+        """Rows of equal keys as `{name}.json`, which MLflow shows and compares between runs."""
+        columns = {key: [row[key] for row in rows] for key in rows[0]}
+        self._client.log_table(self.run_id, columns, f"{name}.json")
 
     def log_picture(self, png: bytes, name: str, images_seen: int | None = None) -> None:
         """A PNG: one of a series over images seen, or a single file."""

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
-from repae_core.config.encoders import require_encoder
+from repae_core.config.encoders import ENCODERS, require_encoder
 from repae_core.config.fields import Config, execution, output
 
 
@@ -142,13 +142,58 @@ class GenerateConfig(Config):
         return self.steps or (250 if self.sampler == "sde" else 50)
 
 
+OWN_EXTRACTORS = ("inception", "dinov2", "digits")  # besides these, every encoder
+
+
+def require_extractor(name: str) -> None:
+    """Refuse a feature network that evaluation does not know; ValueError listing those it does."""
+    if name in OWN_EXTRACTORS:
+        return
+    try:
+        require_encoder(name)
+    except ValueError:
+        known = ", ".join((*OWN_EXTRACTORS, *ENCODERS))
+        raise ValueError(f"unknown extractor {name!r}; known: {known}, timm/<model>") from None
+
+
 class EvaluateConfig(Config):
     """Scores of the generated images and of the VAE (system.md section 6)."""
 
-    extractor: Literal["inception", "digits"] = output("inception", "Feature network of the metrics")
+    extractor: str = output("inception", "Feature network: inception (FID), dinov2 (FD-DINOv2), digits, or an encoder")
     extractor_weights: str = output("", "Weights file of the feature network (inception needs one)", content=True)
-    reference: str = output("auto", "`auto` = all preprocessed images, or an .npz (arr_0, or mu and sigma)")
+    reference: str = output("auto", "`auto` = all preprocessed images, or ADM's .npz (arr_0, or mu and sigma)")
     neighbours: int = output(3, "k of precision and recall", ge=1)
     vae_images: int = output(2_000, "Images on which the VAE's reconstruction is scored; 0 = none", ge=0)
+    vae_posterior: Literal["sample", "mode"] = output("sample", "Reconstructions of a posterior sample or its mode")
+    perceptual: tuple[Literal["lpips-vgg", "lpips-alex", "digits"], ...] = output(
+        ("lpips-vgg", "lpips-alex"), "Perceptual distances of reconstructions; [] = none"
+    )
+    perceptual_weights: tuple[str, ...] = output(
+        (), "One backbone file a perceptual distance (torchvision layout); empty = the hub's", content=True
+    )
     untrained_baseline: bool = output(False, "Also score samples of an untrained SiT (same size, sampler and VAE)")
+    latent_images: int = output(64, "Images whose latents are analysed before and after tuning; 0 = none", ge=0)
+    neighbour_samples: int = output(
+        10, "Samples whose nearest real images are shown, where features of these are kept; 0 = none", ge=0
+    )
     batch_size: int = execution(100, "Images a forward pass", ge=1)
+    workers: int = execution(0, "Ray workers, each with its share of the images; 0 = in this process", ge=0)
+    cpus_per_worker: int = execution(1, "CPUs reserved for a worker", ge=1)
+    gpus_per_worker: int = execution(0, "GPUs reserved for a worker", ge=0)
+
+    @field_validator("extractor")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        require_extractor(value)
+        return value
+
+    @field_validator("perceptual", "perceptual_weights", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return tuple(v.strip() for v in value.split(",") if v.strip()) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _a_file_each(self) -> EvaluateConfig:
+        if self.perceptual_weights and len(self.perceptual_weights) != len(self.perceptual):
+            raise ValueError("perceptual_weights must name one file for each perceptual distance")
+        return self

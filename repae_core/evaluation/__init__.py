@@ -1,34 +1,48 @@
 """Metrics of generated and reconstructed images (system.md section 6)."""
 
-from repae_core.evaluation.extractors import FeatureExtractor, Features, build_extractor
+from repae_core.evaluation.extractors import (
+    FeatureExtractor,
+    Features,
+    build_extractor,
+    join_features,
+)
 from repae_core.evaluation.frechet import frechet_distance
 from repae_core.evaluation.inception_score import inception_score
-from repae_core.evaluation.moments import moments
+from repae_core.evaluation.kid import kernel_distance
+from repae_core.evaluation.moments import Moments, merge_moments, moments
 from repae_core.evaluation.precision_recall import precision_recall
 from repae_core.evaluation.reconstruction import psnr, ssim
-from repae_core.evaluation.scores import (
+from repae_core.evaluation.reference import (
     Reference,
-    batches_of,
-    class_accuracy,
-    load_reference,
+    ReferenceFile,
+    read_reference_file,
     reference_from_features,
-    score_samples,
+    save_reference,
+    saved_reference,
 )
+from repae_core.evaluation.scores import batches_of, class_accuracy, score_samples
 
 __all__ = [
     "FeatureExtractor",
     "Features",
+    "Moments",
     "Reference",
+    "ReferenceFile",
     "batches_of",
     "build_extractor",
     "class_accuracy",
     "frechet_distance",
     "inception_score",
-    "load_reference",
+    "join_features",
+    "kernel_distance",
+    "merge_moments",
     "moments",
     "precision_recall",
     "psnr",
+    "read_reference_file",
     "reference_from_features",
+    "save_reference",
+    "saved_reference",
     "score_samples",
     "ssim",
 ]

@@ -135,6 +135,7 @@ def _download(name: str) -> dict[str, Tensor]:
         url = _BACKBONES[name].hub.url
         raise ValueError(
             f"{name}: no network to download {url} ({error}); give that file as the perceptual weights "
-            "(train_repae.perceptual_weights), or set train_repae.perceptual_loss=none"
+            "(train_repae.perceptual_weights, evaluate.perceptual_weights), or set train_repae.perceptual_loss=none "
+            "(evaluate.perceptual=[])"
         ) from None
     return state

@@ -1,217 +1,244 @@
-"""`evaluate`: scores of the generated images and of the VAE, in one table with its protocol."""
+"""`evaluate`: scores of the generated images and of the VAE, in one `metrics.json` with all that they depend on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import hashlib
+import json
+import logging
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from repae_core.artifact_models import load_vae
+from repae_core.artifact_models import load_untuned_vae, load_vae
 from repae_core.artifacts import Artifact
+from repae_core.config.stages import EvaluateConfig
 from repae_core.data import ImageShards, batch_indices
 from repae_core.evaluation import (
-    FeatureExtractor,
     Features,
     Reference,
-    batches_of,
+    ReferenceFile,
     build_extractor,
     class_accuracy,
-    load_reference,
-    psnr,
+    frechet_distance,
+    read_reference_file,
     reference_from_features,
+    save_reference,
+    saved_reference,
     score_samples,
-    ssim,
 )
 from repae_core.evaluation.grids import comparison_strip, png_bytes
-from repae_core.generation import Generator, SamplerSettings, to_uint8
-from repae_core.models import KLVAE, SiT
+from repae_core.losses import build_perceptual
+from repae_core.stages.evaluation_parts import (
+    FOLDER,
+    Arrays,
+    EvaluationWork,
+    joined_features,
+    joined_moments,
+    kept_reference,
+    read_parts,
+)
+from repae_core.stages.evaluation_protocol import provenance, table
 from repae_core.stages.generate import read_samples
+from repae_core.stages.latent_pictures import analyse_latents, memorised, nearest_neighbours, neighbour_picture
 
-Progress = Callable[[int, int], None]
+logger = logging.getLogger("repae_core")
+
 Scores = dict[str, float]
 
-COLUMNS = ("class_accuracy", "inception_score", "precision", "recall", "psnr", "ssim", "images")
-STRIP_IMAGES = 32
-_UNTRAINED_STEPS = 5
 
+class Evaluation:
+    """A `generate` artifact against real images, and the VAE that made it.
 
-@dataclass
-class _Table:
-    """Counts images for the progress bar, and collects rows."""
-
-    progress: Progress
-    total: int
-    done: int = 0
-
-    def counted(self, batches: Iterator[Tensor]) -> Iterator[Tensor]:
-        for batch in batches:
-            yield batch
-            self.done += len(batch)
-            self.progress(min(self.done, self.total), self.total)
-
-
-def evaluate_samples(
-    samples: Artifact,
-    images: ImageShards,
-    vae: Artifact,
-    out: Artifact,
-    *,
-    extractor_name: str,
-    extractor_weights: str | None,
-    reference: str,
-    neighbours: int,
-    vae_images: int,
-    untrained_baseline: bool,
-    seed: int,
-    batch_size: int,
-    progress: Progress,
-) -> dict[str, Any]:
-    """Score a `generate` artifact; writes `metrics.json` (also returned) and `reconstructions.png`.
-
-    Rows: `generated`; `untrained` (same SiT and VAE, fresh weights); `real` (held-out real images against the
-    others: the floor at this N); `reconstructions` (of the VAE, against the same originals).
+    inputs: artifacts `samples`, `images`, `vae`. `work` is what workers share; `finish` makes the scores of its parts.
 
     Raises:
         ValueError: weights or reference file missing or unfitting; one line.
     """
-    extractor = build_extractor(extractor_name, extractor_weights)
-    info = samples.read_json("samples.json")
-    pixels, labels = read_samples(samples, info["shards"])
-    count = min(vae_images, len(images))
-    table = _Table(progress, len(images) + len(pixels) * (1 + untrained_baseline) + 2 * count)
-    real = extractor(table.counted(_image_batches(images, np.arange(len(images)), batch_size)))
-    compared = (
-        reference_from_features(real.features, f"all {len(images):,} preprocessed images")
-        if reference == "auto"
-        else load_reference(reference, extractor, batch_size=batch_size)
-    )
-    classifies = extractor_name == "digits" and images.class_names == [str(digit) for digit in range(10)]
-    score = _scorer(extractor, compared, neighbours, labels if classifies else None)
-    rows = {"generated": score(extractor(table.counted(batches_of(pixels, batch_size))))}
-    network = load_vae(vae)
-    if untrained_baseline:
-        untrained = _untrained_samples(info, network, labels, seed, batch_size)
-        rows["untrained"] = score(extractor(table.counted(untrained)))
-    rows["real"] = _real_floor(real, extractor, len(pixels), seed, neighbours)
-    if count:
-        chosen = batch_indices(len(images), seed=seed, images_seen=0, batch_size=count)
-        pairs = [
-            _reconstruct(network, images, part, seed) for part in np.split(chosen, range(batch_size, count, batch_size))
-        ]
-        rows["reconstructions"] = _reconstruction_scores(pairs, extractor, table)
-        strip = comparison_strip(*(torch.cat(side)[:STRIP_IMAGES] for side in zip(*pairs, strict=True)))
-        out.write_bytes("reconstructions.png", png_bytes(strip))
-    metrics = {
-        "columns": [c for c in (extractor.distance_name, *COLUMNS) if any(c in row for row in rows.values())],
-        "rows": rows,
-        "protocol": _protocol(info, compared, extractor_name, neighbours),
-        "notes": _notes(rows, extractor.distance_name, len(images)),
-    }
-    out.write_json("metrics.json", metrics)
-    return metrics
 
+    def __init__(self, inputs: dict[str, Artifact], out: Artifact, section: EvaluateConfig, *, seed: int) -> None:
+        self.inputs, self.out, self.section, self.seed = inputs, out, section, seed
+        self.images = ImageShards(inputs["images"])
+        extractor = build_extractor(section.extractor, section.extractor_weights or None)
+        self.file: ReferenceFile | None = None
+        if section.reference != "auto":
+            self.file = read_reference_file(section.reference)
+        manifest_hash = inputs["images"].manifest_sha256() or ""
+        self.reference_sha256 = self.file.sha256 if self.file else manifest_hash
+        named = [extractor.name, extractor.weights_sha256, self.reference_sha256, seed]
+        self.cache_key = hashlib.sha256(json.dumps(named).encode()).hexdigest()[:32]
+        self.cached = self._cached()
+        info = inputs["samples"].read_json("samples.json")
+        pixels, labels = read_samples(inputs["samples"], info["shards"])
+        weights = section.perceptual_weights or ("",) * len(section.perceptual)
+        perceptual = zip(section.perceptual, weights, strict=True) if section.vae_images else ()
+        only_statistics = self.file is not None and self.file.images is None
+        self.work = EvaluationWork(
+            out=out,
+            extractor=extractor,
+            images=self.images,
+            info=info,
+            pixels=pixels,
+            labels=labels,
+            reference_pixels=self.file.images if self.file else None,
+            need_reference=self.cached is None and not only_statistics,
+            vaes=self._vaes(),
+            vae_images=min(section.vae_images, len(self.images)),
+            posterior=section.vae_posterior,
+            untrained=section.untrained_baseline,
+            seed=seed,
+            perceptual={_column(name): build_perceptual(name, path or None) for name, path in perceptual},
+        )
 
-def _scorer(
-    extractor: FeatureExtractor, reference: Reference, neighbours: int, labels: np.ndarray | None
-) -> Callable[[Features], Scores]:
-    def score(features: Features) -> Scores:
-        scores = score_samples(features, reference, extractor.distance_name, neighbours=neighbours)
-        if labels is not None:
-            scores["class_accuracy"] = class_accuracy(features.logits, torch.from_numpy(labels))
+    def _vaes(self) -> dict[str, Any]:
+        before = load_untuned_vae(self.inputs["vae"])
+        return {"after": load_vae(self.inputs["vae"])} | ({"before": before} if before else {})
+
+    def _cached(self) -> Reference | None:
+        return saved_reference(
+            self.out.store, self.cache_key, description=self._images_in_words(), sha256=self.reference_sha256
+        )
+
+    def _images_in_words(self) -> str:
+        if self.file is None:
+            return f"all {len(self.images):,} preprocessed images"
+        return self.file.name if self.file.images is None else f"{len(self.file.images):,} images of {self.file.name}"
+
+    def finish(self) -> dict[str, Any]:
+        """Write `metrics.json` (also returned) and the pictures; remove the parts."""
+        work = self.work
+        reference = self._reference()
+        rows = {"generated": self._score("generated", reference)}
+        if work.untrained:
+            rows["untrained"] = self._score("untrained", reference)
+        if floor := self._real_floor(reference):
+            rows["real"] = floor
+        if work.vae_images:
+            rows |= self._vae_rows()
+        metrics = table(work, rows, reference, self.section)
+        metrics["provenance"] = provenance(work, reference, self.section, self.inputs)
+        metrics |= self._pictures(reference)
+        if not work.extractor.published_weights:
+            logger.warning("evaluate: %s", metrics["notes"][0])
+        self.out.write_json("metrics.json", metrics)
+        for name in self.out.files():
+            if name.startswith(FOLDER):
+                self.out.delete(name)
+        return metrics
+
+    def _reference(self) -> Reference:
+        """Of the images where they were gone through now, or before; a file's own statistics win."""
+        # Another run may have kept them since; workers that saw this left the reference's parts out.
+        found = self.cached or self._cached()
+        if found is None and self.work.need_reference:
+            parts = read_parts(self.work, "reference")
+            pool, spatial = joined_moments(parts, "pool"), joined_moments(parts, "spatial")
+            assert pool is not None
+            found = Reference(
+                self._images_in_words(),
+                pool.mean,
+                pool.covariance,
+                joined_features(parts).features,
+                (spatial.mean, spatial.covariance) if spatial else None,
+                pool.count,
+                self.reference_sha256,
+            )
+            save_reference(self.out.store, self.cache_key, found)
+        if self.file is not None:
+            return self.file.reference(found.features if found else None, found)
+        assert found is not None
+        return found
+
+    def _score(self, group: str, reference: Reference) -> Scores:
+        work, parts = self.work, read_parts(self.work, group)
+        features = joined_features(parts)
+        scores = score_samples(
+            features,
+            reference,
+            work.extractor.distance_name,
+            neighbours=self.section.neighbours,
+            pool=joined_moments(parts, "pool"),
+            spatial=joined_moments(parts, "spatial"),
+        )
+        digits = [str(digit) for digit in range(10)]
+        if work.extractor.name == "digits" and self.images.class_names == digits and features.logits is not None:
+            scores["class_accuracy"] = class_accuracy(features.logits, torch.from_numpy(work.labels))
         return scores | {"images": len(features.features)}
 
-    return score
-
-
-def _image_batches(images: ImageShards, indices: np.ndarray, batch_size: int) -> Iterator[Tensor]:
-    for start in range(0, len(indices), batch_size):
-        yield images.images(indices[start : start + batch_size])
-
-
-def _untrained_samples(
-    info: dict[str, Any], vae: KLVAE, labels: np.ndarray, seed: int, batch_size: int
-) -> Iterator[Tensor]:
-    """Images of a freshly initialised SiT of the same size with the same VAE and labels."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        sit = SiT(**info["sit"])
-    sit.set_latent_stats(scale=torch.tensor(info["scale"]), bias=torch.tensor(info["bias"]))
-    # Its output layer starts at zero, so its velocity is zero and neither steps nor guidance change the result.
-    generator = Generator(sit, vae, SamplerSettings(steps=_UNTRAINED_STEPS))
-    for start in range(0, len(labels), batch_size):
-        yield generator.sample(torch.from_numpy(labels[start : start + batch_size]), seed=seed, first=start)
-
-
-def _real_floor(real: Features, extractor: FeatureExtractor, num_samples: int, seed: int, neighbours: int) -> Scores:
-    """What real images score at this N: held-out ones against all the others (not more than a fifth held out)."""
-    held_out = min(num_samples, len(real.features) // 5)
-    if held_out < 2:
-        return {}
-    order = torch.from_numpy(batch_indices(len(real.features), seed=seed, images_seen=0, batch_size=len(real.features)))
-    few, others = order[:held_out], order[held_out:]
-    reference = reference_from_features(real.features[others], "")
-    held = Features(real.features[few], real.logits[few])
-    return score_samples(held, reference, extractor.distance_name, neighbours=neighbours) | {"images": held_out}
-
-
-@torch.no_grad()
-def _reconstruct(vae: KLVAE, images: ImageShards, indices: np.ndarray, seed: int) -> tuple[Tensor, Tensor]:
-    """uint8 originals and reconstructions of a posterior sample."""
-    from repae_core.diffusion import item_generators, randn
-
-    originals = images.images(indices)
-    posterior = vae.encode(originals.float() / 127.5 - 1)
-    noise = randn(posterior.mean.shape[1:], item_generators(seed, "evaluate.posterior", indices.tolist()))
-    z = posterior.mean + posterior.std * noise
-    return originals, to_uint8(vae.decode(z), "round")
-
-
-def _reconstruction_scores(pairs: list[tuple[Tensor, Tensor]], extractor: FeatureExtractor, table: _Table) -> Scores:
-    originals, reconstructions = (iter(side) for side in zip(*pairs, strict=True))
-    reference = reference_from_features(extractor(table.counted(originals)).features, "")
-    features = extractor(table.counted(reconstructions))
-    scores = score_samples(features, reference, extractor.distance_name, neighbours=3)
-    quality = {"psnr": torch.cat([psnr(a, b) for a, b in pairs]).mean()}
-    if pairs[0][0].shape[-1] >= 11:
-        quality["ssim"] = torch.cat([ssim(a, b) for a, b in pairs]).mean()
-    kept = {extractor.distance_name: scores[extractor.distance_name]}
-    return kept | {name: float(value) for name, value in quality.items()} | {"images": len(features.features)}
-
-
-def _protocol(info: dict[str, Any], reference: Reference, extractor: str, neighbours: int) -> dict[str, str]:
-    sampler = info["sampler"]
-    guidance = f"{sampler['guidance']:g} on t in [{sampler['interval'][0]:g}, {sampler['interval'][1]:g}]"
-    return {
-        "samples": f"{info['num_images']:,}",
-        "labels": info["labels"],
-        "reference": reference.description,
-        "extractor": extractor,
-        "sampler": f"{sampler['sampler']}, {sampler['steps']} steps, {sampler['path']} path",
-        "guidance": guidance,
-        "weights": info["weights"],
-        "uint8": sampler["rounding"],
-        "precision/recall": f"k = {neighbours}",
-        "seed": str(info["seed"]),
-    }
-
-
-def _notes(rows: dict[str, Scores], distance: str, num_real: int) -> list[str]:
-    notes = []
-    if distance != "fid":
-        notes.append(
-            f"{distance} is a Fréchet distance in the features of a small network of this repository, not FID."
+    def _real_floor(self, reference: Reference) -> Scores:
+        """What real images score at this N: held-out ones against all others (not more than a fifth held out)."""
+        real = reference.features
+        held_out = min(len(self.work.pixels), len(real) // 5) if real is not None else 0
+        if real is None or held_out < 2:
+            return {}
+        order = torch.from_numpy(batch_indices(len(real), seed=self.seed, images_seen=0, batch_size=len(real)))
+        others = reference_from_features(real[order[held_out:]], "")
+        scores = score_samples(
+            Features(real[order[:held_out]]),
+            others,
+            self.work.extractor.distance_name,
+            neighbours=self.section.neighbours,
         )
-    if rows["real"]:
-        held = int(rows["real"]["images"])
-        notes.append(
-            f"real: {held:,} of the images against the other {num_real - held:,}; no model can be asked for less."
-        )
-    if "untrained" in rows:
-        notes.append("untrained: a SiT of the same size with fresh weights, same VAE, labels and noise.")
-    if "reconstructions" in rows:
-        notes.append("reconstructions: of posterior samples, against the same originals, rounded to uint8.")
-    return notes
+        return scores | {"images": held_out}
+
+    def _vae_rows(self) -> dict[str, Scores]:
+        """Each VAE against the same originals; `reconstructions` is the tuned one."""
+        parts, rows = read_parts(self.work, "vae"), {}
+        original = joined_moments(parts, "originals_pool")
+        assert original is not None
+        for name, row in (("before", "reconstructions_before"), ("after", "reconstructions")):
+            made = joined_moments(parts, f"{name}_pool")
+            if made is None:
+                continue
+            distance = frechet_distance(original.mean, original.covariance, made.mean, made.covariance)
+            quality = {metric: _mean(parts, f"{name}_{metric}") for metric in _metrics(parts, name)}
+            rows[row] = {self.work.extractor.distance_name: distance} | quality | {"images": made.count}
+        first = {name: torch.from_numpy(parts[0][f"{name}_images"]) for name in ("originals", *self.work.vaes)}
+        self.out.write_bytes("reconstructions.png", png_bytes(comparison_strip(first["originals"], first["after"])))
+        return rows
+
+    def _pictures(self, reference: Reference) -> dict[str, Any]:
+        """Latents before and after tuning; samples beside their nearest real images."""
+        work, found = self.work, {}
+        count = min(self.section.latent_images, len(self.images))
+        if count:
+            chosen = batch_indices(len(self.images), seed=self.seed, images_seen=0, batch_size=count)
+            found["latents"], picture = analyse_latents(work.vaes, self.images.images(chosen))
+            self.out.write_bytes("latents.png", picture)
+        queries = min(self.section.neighbour_samples, len(work.pixels))
+        if queries and reference.features is not None:
+            samples = _images(work.pixels[:queries])
+            generated = joined_features(read_parts(work, "generated")).features
+            indices, distances = nearest_neighbours(samples, generated, reference.features, count=5)
+            self.out.write_bytes("neighbours.png", neighbour_picture(samples, self._real_images(indices)))
+            everyone = torch.cdist(generated.double(), reference.features.double()).min(dim=1).values
+            found["neighbours"] = memorised(everyone, reference.features) | {
+                "real_images": len(reference.features), "of_samples": distances.tolist()
+            }  # fmt: skip
+        return found
+
+    def _real_images(self, indices: Tensor) -> Tensor:
+        """Images behind kept reference features: [Q,K] -> uint8 [Q,K,3,H,W]."""
+        pixels = self.work.reference_pixels
+        kept = kept_reference(len(self.images) if pixels is None else len(pixels), self.seed)
+        numbers = kept[indices.flatten().numpy()]
+        images = self.images.images(numbers) if pixels is None else _images(pixels[numbers])
+        return images.view(*indices.shape, *images.shape[1:])
+
+
+def _images(pixels: np.ndarray) -> Tensor:
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+
+def _column(name: str) -> str:
+    return "perceptual_digits" if name == "digits" else name.replace("-", "_")
+
+
+def _metrics(parts: list[Arrays], name: str) -> list[str]:
+    known = ("psnr", "ssim", "lpips_vgg", "lpips_alex", "perceptual_digits")
+    return [metric for metric in known if f"{name}_{metric}" in parts[0]]
+
+
+def _mean(parts: list[Arrays], name: str) -> float:
+    return float(np.concatenate([part[name] for part in parts]).mean())

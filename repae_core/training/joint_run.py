@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
+from repae_core.artifact_models import UNTUNED_VAE
 from repae_core.artifacts import Artifact
 from repae_core.config import PipelineConfig
 from repae_core.data import DataOrder, ImageShards, batch_indices
@@ -64,6 +66,7 @@ class JointRun(TrainingRun):
             return vae_warmup_step(self.state, batch, self.joint_objective, draws, rate_factor=factor)
         if index == warmup:
             self.start_latent_norm()
+            self.keep_untuned_vae()
         step = STEPS[self.joint.vae_training]
         return step(self.state, batch, self.joint_objective, draws, rate_factor=self.rate_factor(index - warmup))
 
@@ -77,6 +80,12 @@ class JointRun(TrainingRun):
             scale, bias = measure_latents(self.state.vae.module, self.images, chosen)
         for sit in (self.state.sit.module, self.state.ema):
             sit.set_latent_stats(scale=scale, bias=bias)
+
+    def keep_untuned_vae(self) -> None:
+        """The VAE that joint training starts from, which `evaluate` compares with the tuned one."""
+        if self.group.is_main:
+            state = {name: tensor.cpu().contiguous() for name, tensor in self.state.vae.module.state_dict().items()}
+            self.folder.write_bytes(UNTUNED_VAE, save_safetensors(state))
 
     def preview(self, step: int) -> dict[str, bytes]:
         """Reconstructions always, samples once SiT trains."""

@@ -194,3 +194,15 @@ def test_gc_keeps_what_registered_models_were_made_from(call, original, monkeypa
     assert code == 0
     listed = {stage for stage in STAGES if f"{stage}/" in out}
     assert listed == {"generate", "evaluate"}
+
+
+def test_inception_without_its_weights_is_refused_before_any_work(call, tmp_path):
+    code, _, err = call("run", "--store", str(tmp_path), "--set", "evaluate.extractor=inception")
+    assert code == 2
+    assert err.startswith("repae: evaluate.extractor_weights: inception needs the file ")
+    assert "curl -L" in err
+    assert not (tmp_path / "preprocess").exists()
+    code, _, err = call("run", "--store", str(tmp_path), "--set", "evaluate.extractor=inceptoin")
+    assert code == 2
+    assert "evaluate.extractor" in err
+    assert "inceptoin" in err

@@ -2,6 +2,7 @@
 
 import io
 import json
+from pathlib import Path
 
 import mlflow
 import numpy as np
@@ -65,9 +66,21 @@ def test_products(original):
     assert samples.dtype == np.uint8
     Image.open(io.BytesIO(original.artifact("generate").read_bytes("grid.png"))).verify()
     metrics = original.artifact("evaluate").read_json("metrics.json")
-    assert set(metrics["rows"]) == {"generated", "untrained", "real", "reconstructions"}
+    assert set(metrics["rows"]) == {"generated", "untrained", "real", "reconstructions", "reconstructions_before"}
     assert "class_accuracy" not in metrics["columns"]  # these are not the ten digit classes
     assert metrics["protocol"]["samples"] == "12"
+    provenance = metrics["provenance"]
+    assert provenance["checkpoint"]["fingerprint"] == original.artifact("train-ldm").fingerprint
+    assert provenance["checkpoint"]["manifest_sha256"] == original.artifact("train-ldm").manifest_sha256()
+    assert provenance["reference"]["sha256"] == original.artifact("preprocess").manifest_sha256()
+    assert (provenance["num_images"], provenance["labels"], provenance["seeds"]["generate"]) == (12, "equal", 0)
+    before, after = (metrics["rows"][f"reconstructions{which}"] for which in ("_before", ""))
+    assert set(before) == set(after) == {"fd_digits", "psnr", "ssim", "perceptual_digits", "images"}
+    assert before["psnr"] != after["psnr"]  # joint training moved the VAE
+    evaluated = original.artifact("evaluate")
+    assert not [name for name in evaluated.files() if name.startswith("parts/")]
+    for picture in ("reconstructions", "latents", "neighbours"):
+        Image.open(io.BytesIO(evaluated.read_bytes(f"{picture}.png"))).verify()
     generator = load_model(original.artifact("generate").uri, guidance=2.0, steps=2)
     again = generator.sample([0, 1, 2], seed=1)
     assert again.shape == (3, 3, 32, 32)
@@ -93,6 +106,8 @@ def test_mlflow_has_a_parent_and_a_child_a_stage(original):
     assert ldm.data.tags["repae.input.latents"] == original.artifact("cache-latents").uri
     evaluate = next(run for run in children if run.data.tags["repae.stage"] == "evaluate")
     assert evaluate.data.metrics["generated.fd_digits"] > 0
+    scores = client.download_artifacts(evaluate.info.run_id, "scores.json")
+    assert "generated" in Path(scores).read_text()
     for name, file in (("repae-vae", "vae.safetensors"), ("repae-sit", "ema.safetensors")):
         version = client.get_model_version_by_alias(name, "latest-run")
         names = {f.path.rsplit("/", 1)[-1] for f in client.list_artifacts(version.run_id, name.rpartition("-")[2])}

@@ -2,10 +2,21 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from torch_fidelity.metric_fid import fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from repae_core.evaluation import frechet_distance, inception_score, moments, precision_recall, psnr, ssim
+from repae_core.evaluation import (
+    Moments,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    merge_moments,
+    moments,
+    precision_recall,
+    psnr,
+    ssim,
+)
 
 
 def gaussians(dims=6, seed=0):
@@ -29,6 +40,75 @@ def test_frechet_known_values():
     assert frechet_distance(np.zeros(3), singular, np.zeros(3), singular) == pytest.approx(0, abs=1e-12)
     with pytest.raises(ValueError, match="shape"):
         frechet_distance(np.zeros(3), eye, np.zeros(2), np.eye(2))
+
+
+def definition(mu1, s1, mu2, s2) -> float:
+    """The definition in float64: singular values of the product of symmetric roots, by exact null spaces."""
+    roots = []
+    for sigma in (s1, s2):
+        values, vectors = np.linalg.eigh(sigma)
+        values[values < 1e-12 * values[-1]] = 0
+        roots.append(vectors * np.sqrt(values) @ vectors.T)
+    cross = np.linalg.norm(roots[0] @ roots[1], ord="nuc")
+    return ((mu1 - mu2) ** 2).sum() + np.trace(s1) + np.trace(s2) - 2 * cross
+
+
+@pytest.mark.parametrize(("n1", "n2", "dims"), [(40, 50, 128), (40, 300, 128), (300, 400, 64), (5, 5, 300)])
+def test_frechet_with_fewer_images_than_features(n1, n2, dims):
+    rng = np.random.default_rng(0)
+    mixing = rng.normal(size=(dims, dims)) / np.sqrt(dims)
+    a = np.maximum(rng.normal(size=(n1, dims)) @ mixing, 0)
+    b = np.maximum(rng.normal(size=(n2, dims)) @ mixing * 1.2 + 0.1, 0)
+    first, second = (Moments.of(x) for x in (a, b))
+    ours = frechet_distance(first.mean, first.covariance, second.mean, second.covariance)
+    assert ours == pytest.approx(definition(first.mean, first.covariance, second.mean, second.covariance), rel=1e-6)
+    # The root's trace without any covariance: singular values of the centred data themselves.
+    nuclear = np.linalg.norm((a - a.mean(0)) @ (b - b.mean(0)).T, ord="nuc") / np.sqrt((n1 - 1) * (n2 - 1))
+    spread = a.var(0, ddof=1).sum() + b.var(0, ddof=1).sum()
+    assert ours == pytest.approx(((a.mean(0) - b.mean(0)) ** 2).sum() + spread - 2 * nuclear, rel=1e-6)
+
+
+@pytest.mark.parametrize("count", [3, 60, 500])
+def test_equal_sets_are_at_distance_zero(count):
+    features = torch.rand(count, 200, generator=torch.Generator().manual_seed(0)) * 10
+    mu, sigma = moments(features)
+    assert frechet_distance(mu, sigma, mu, sigma) <= 1e-10 * np.trace(sigma)
+
+
+def test_frechet_against_torch_fidelity():
+    mu1, s1, mu2, s2 = gaussians(dims=40, seed=3)
+    theirs = fid_statistics_to_metric({"mu": mu1, "sigma": s1}, {"mu": mu2, "sigma": s2}, verbose=False)
+    assert frechet_distance(mu1, s1, mu2, s2) == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
+
+
+def test_not_finite_moments_are_refused():
+    with pytest.raises(ValueError, match="not finite"):
+        frechet_distance(np.zeros(2), np.eye(2), np.zeros(2), np.full((2, 2), np.nan))
+
+
+def test_moments_are_the_same_however_they_are_split():
+    """Far from zero, where sums of squares would cancel; one, two and three workers, in unequal parts."""
+    features = 1000 + torch.randn(303, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    whole = Moments.of(features)
+    for sizes in ([303], [100, 203], [1, 150, 152], [101] * 3):
+        merged = merge_moments([Moments.of(part) for part in features.split(sizes)])
+        assert merged.count == 303
+        assert np.allclose(merged.mean, whole.mean, rtol=1e-12, atol=0)
+        assert np.abs(merged.covariance - np.cov(features.numpy(), rowvar=False)).max() < 1e-10
+    with pytest.raises(ValueError, match="16 and of 3 features"):
+        whole.merged(Moments.of(features[:, :3]))
+
+
+def test_kid_by_its_definition():
+    """Sets no larger than a subset: one unbiased estimate, whatever the draw."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(30, 7, generator=generator), torch.randn(30, 7, generator=generator) + 0.3
+    k = [(p.double() @ q.double().T / 7 + 1) ** 3 for p, q in ((x, x), (y, y), (x, y))]
+    within = [(m.sum() - m.diag().sum()) / (30 * 29) for m in k[:2]]
+    expected = float(within[0] + within[1] - 2 * k[2].mean())
+    assert kernel_distance(x, y) == pytest.approx(expected, rel=1e-9)
+    with pytest.raises(ValueError, match="at least 2"):
+        kernel_distance(x[:1], y)
 
 
 def test_moments():

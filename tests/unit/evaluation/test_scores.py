@@ -1,19 +1,22 @@
+import hashlib
 import io
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+from repae_core.artifacts import Store
 from repae_core.digits import load_digits
 from repae_core.evaluation import (
+    Reference,
     batches_of,
     build_extractor,
     class_accuracy,
-    load_reference,
-    moments,
+    read_reference_file,
     reference_from_features,
+    save_reference,
+    saved_reference,
     score_samples,
 )
 from repae_core.evaluation.grids import comparison_strip, image_grid, png_bytes
@@ -50,53 +53,58 @@ def test_worse_images_score_worse(digits):
 
 def test_reference_files(digits, tmp_path):
     images, _ = digits
-    extractor = build_extractor("digits")
-    features = extractor(batches_of(images, 64)).features
-    mu, sigma = moments(features)
+    mu, sigma = np.zeros(3), np.eye(3)
+    np.savez(tmp_path / "adm.npz", arr_0=images, mu=mu, sigma=sigma, mu_s=mu + 1, sigma_s=2 * sigma)
     np.savez(tmp_path / "images.npz", arr_0=images)
-    np.savez(tmp_path / "stats.npz", mu=mu, sigma=sigma)
     np.savez(tmp_path / "wrong.npz", other=mu)
-    of_images = load_reference(str(tmp_path / "images.npz"), extractor, batch_size=64)
-    of_stats = load_reference(str(tmp_path / "stats.npz"), extractor, batch_size=64)
-    assert np.allclose(of_images.mu, of_stats.mu)
-    assert of_images.features is not None
-    assert of_stats.features is None
-    assert "stats.npz" in of_stats.description
-    with pytest.raises(ValueError, match=r"evaluate.reference: .*wrong.npz holds neither"):
-        load_reference(str(tmp_path / "wrong.npz"), extractor, batch_size=64)
-    with pytest.raises(ValueError, match=r"evaluate.reference: .*none.npz"):
-        load_reference(str(tmp_path / "none.npz"), extractor, batch_size=64)
+    np.savez(tmp_path / "half.npz", mu=mu)
+    np.savez(tmp_path / "floats.npz", arr_0=images / 255)
+    file = read_reference_file(str(tmp_path / "adm.npz"))
+    assert np.array_equal(file.images, images)
+    assert file.sha256 == hashlib.sha256((tmp_path / "adm.npz").read_bytes()).hexdigest()
+    reference = file.reference(torch.zeros(5, 3), None)
+    assert np.array_equal(reference.spatial[1], 2 * sigma)
+    assert "adm.npz" in reference.description
+    assert read_reference_file(str(tmp_path / "images.npz")).statistics == {}
+    problems = {"wrong": "neither", "half": "only one of mu", "floats": "not uint8", "none": "cannot be read"}
+    for name, problem in problems.items():
+        with pytest.raises(ValueError, match=rf"evaluate.reference: .*{name}.npz.*{problem}"):
+            read_reference_file(str(tmp_path / f"{name}.npz"))
+
+
+def test_statistics_of_another_network_are_refused(digits):
+    features = build_extractor("digits")(batches_of(digits[0][:20], 20))
+    with pytest.raises(ValueError, match="has 3 features, the extractor 64"):
+        score_samples(features, Reference("a file", np.zeros(3), np.eye(3)), "fd_digits", neighbours=3)
+
+
+def test_kept_statistics_come_back(digits, tmp_path):
+    store = Store(str(tmp_path))
+    features = build_extractor("digits")(batches_of(digits[0][:20], 20)).features
+    kept = reference_from_features(features, "real")
+    save_reference(store, "key", kept)
+    found = saved_reference(store, "key", description="real", sha256="abc")
+    assert np.array_equal(found.sigma, kept.sigma)
+    assert torch.equal(found.features, features)
+    assert (found.images, found.sha256, found.spatial) == (20, "abc", None)
+    assert saved_reference(store, "other", description="", sha256="") is None
 
 
 def test_pickles_in_reference_files_are_refused(tmp_path):
     np.savez(tmp_path / "evil.npz", mu=np.array([object()], dtype=object), sigma=np.zeros(1))
     with pytest.raises(ValueError, match="evil"):
-        load_reference(str(tmp_path / "evil.npz"), build_extractor("digits"), batch_size=1)
+        read_reference_file(str(tmp_path / "evil.npz"))
 
 
-def test_inception_architecture_from_a_file(tmp_path, monkeypatch):
-    """The published weights are not in the repository: random ones of the same layout go through the same path."""
-    monkeypatch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
-    torch.save({}, tmp_path / "empty.pth")
-    torch.manual_seed(0)
-    blank = FeatureExtractorInceptionV3("x", ["2048"], str(tmp_path / "empty.pth"))
-    monkeypatch.undo()
-    torch.save(blank.state_dict(), tmp_path / "inception.pth")
-    extractor = build_extractor("inception", str(tmp_path / "inception.pth"))
-    assert extractor.distance_name == "fid"
-    features = extractor([torch.zeros(1, 3, 32, 32, dtype=torch.uint8)])
-    assert features.features.shape == (1, 2048)
-    assert features.logits.shape == (1, 1008)
-    with pytest.raises(ValueError, match=r"empty\.pth: holds no plain state dict"):
-        build_extractor("inception", str(tmp_path / "empty.pth"))
-    torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match=r"other\.pth: not an Inception file"):
-        build_extractor("inception", str(tmp_path / "other.pth"))
+def test_any_encoder_is_an_extractor(digits):
+    extractor = build_extractor("digits-vit")
+    features = extractor(batches_of(digits[0][:4], 2))
+    assert extractor.distance_name == "fd_digits-vit"
+    assert features.features.shape == (4, 96)
+    assert features.logits is None
 
 
 def test_extractor_errors():
-    with pytest.raises(ValueError, match=r"evaluate\.extractor_weights: inception needs"):
-        build_extractor("inception")
     with pytest.raises(ValueError, match="unknown extractor 'other'"):
         build_extractor("other")
 

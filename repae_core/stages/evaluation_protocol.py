@@ -1,0 +1,120 @@
+"""What a score depends on: the table as it is shown, and its provenance as it is kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from repae_core.artifacts import Artifact
+from repae_core.config.stages import EvaluateConfig
+from repae_core.evaluation import Reference
+from repae_core.evaluation.inception import INCEPTION_SHA256
+from repae_core.evaluation.kid import KID_SUBSET_SIZE, KID_SUBSETS
+from repae_core.stages.evaluation_parts import EvaluationWork
+
+Scores = dict[str, float]
+
+COLUMNS = (
+    "sfid", "kid", "inception_score", "precision", "recall", "class_accuracy",
+    "psnr", "ssim", "lpips_vgg", "lpips_alex", "perceptual_digits", "images",
+)  # fmt: skip
+IS_CHUNK = 5000
+
+
+def table(
+    work: EvaluationWork, rows: dict[str, Scores], reference: Reference, section: EvaluateConfig
+) -> dict[str, Any]:
+    """Columns, rows, the protocol in words and notes."""
+    names = (work.extractor.distance_name, *COLUMNS)
+    return {
+        "columns": [name for name in names if any(name in row for row in rows.values())],
+        "rows": rows,
+        "protocol": _protocol(work, reference, section),
+        "notes": _notes(work, rows),
+    }
+
+
+def provenance(
+    work: EvaluationWork, reference: Reference, section: EvaluateConfig, inputs: dict[str, Artifact]
+) -> dict[str, Any]:
+    """Everything needed to quote the scores, or to get them again."""
+    info, extractor = work.info, work.extractor
+    manifest = inputs["samples"].manifest()
+    model = manifest.inputs["model"].model_dump() if manifest else {}
+    made = manifest.config["config"] if manifest else {}
+    return {
+        "num_images": len(work.pixels),
+        "labels": info["labels"],
+        "seeds": {"generate": info["seed"], "evaluate": work.seed},
+        "sampler": info["sampler"],
+        "weights": info["weights"],
+        "checkpoint": model | {"checkpoint": made.get("checkpoint", "")},
+        "samples": inputs["samples"].fingerprint,
+        "vae": inputs["vae"].fingerprint,
+        "extractor": {
+            "name": extractor.name,
+            "weights_sha256": extractor.weights_sha256,
+            "published_weights": extractor.published_weights,
+        },
+        "reference": {
+            "description": reference.description,
+            "sha256": reference.sha256,
+            "images": reference.images,
+            "images_with_features": 0 if reference.features is None else len(reference.features),
+        },
+        "inception_score_chunk": IS_CHUNK,
+        "neighbours": section.neighbours,
+        "kid": {"subsets": KID_SUBSETS, "subset_size": _kid_size(work, reference)},
+        "vae_images": work.vae_images,
+        "vae_posterior": work.posterior,
+    }
+
+
+def _kid_size(work: EvaluationWork, reference: Reference) -> int:
+    real = 0 if reference.features is None else len(reference.features)
+    return min(KID_SUBSET_SIZE, len(work.pixels), real)
+
+
+def _protocol(work: EvaluationWork, reference: Reference, section: EvaluateConfig) -> dict[str, str]:
+    info, sampler = work.info, work.info["sampler"]
+    guidance = f"{sampler['guidance']:g} on t in [{sampler['interval'][0]:g}, {sampler['interval'][1]:g}]"
+    words = {
+        "samples": f"{len(work.pixels):,}",
+        "labels": info["labels"],
+        "reference": reference.description,
+        "extractor": work.extractor.name,
+        "sampler": f"{sampler['sampler']}, {sampler['steps']} steps, {sampler['path']} path",
+        "guidance": guidance,
+        "weights": info["weights"],
+        "uint8": sampler["rounding"],
+        "seed": str(info["seed"]),
+    }
+    if reference.features is not None:
+        words["precision/recall"] = f"k = {section.neighbours}, {len(reference.features):,} real images"
+        words["KID"] = f"{KID_SUBSETS} subsets of {_kid_size(work, reference):,}"
+    if work.vae_images:
+        words["reconstructions"] = f"of the posterior's {work.posterior}, {work.vae_images:,} images"
+    return words
+
+
+def _notes(work: EvaluationWork, rows: dict[str, Scores]) -> list[str]:
+    notes, extractor = [], work.extractor
+    if not extractor.published_weights:
+        notes.append(
+            f"The Inception weights are not the published file (sha256 {INCEPTION_SHA256[:12]}..., but "
+            f"{extractor.weights_sha256[:12]}...): these values are not comparable with any other FID."
+        )
+    elif extractor.name == "digits":
+        notes.append("fd_digits is a Fréchet distance in the features of a small network of this repository, not FID.")
+    elif extractor.name != "inception":
+        notes.append(f"{extractor.distance_name} is a Fréchet distance in features of {extractor.name}, not FID.")
+    if len(work.pixels) < 50_000 and extractor.name == "inception":
+        notes.append(f"{len(work.pixels):,} samples: published values are of 50,000, which score lower.")
+    if "real" in rows:
+        held = int(rows["real"]["images"])
+        notes.append(f"real: {held:,} real images against other real ones; no model can be asked for less.")
+    if "untrained" in rows:
+        notes.append("untrained: a SiT of the same size with fresh weights, same VAE, labels and noise.")
+    if "reconstructions" in rows:
+        notes.append("reconstructions: against the same originals, rounded to uint8; before: the VAE that joint "
+                     "training started from.")  # fmt: skip
+    return notes

@@ -1,0 +1,113 @@
+"""Scores do not depend on who computes them; references out of files; runs compared."""
+
+import json
+
+import numpy as np
+import pytest
+
+from repae_core.artifacts import Artifact, Store, save_run
+from repae_core.data import ImageShards
+from repae_core.stages.evaluate import Evaluation
+from repae_core.stages.evaluation_parts import split_group, write_missing_parts
+
+
+def evaluate(finished, name, *, world=1, batch_size=5, stop_after=None, store=None, **overrides):
+    """metrics.json of the finished pipeline's samples, made by `world` workers in turn."""
+    section = finished.config.evaluate.model_copy(update=overrides)
+    roles = {"samples": "generate", "images": "preprocess", "vae": "extract-vae"}
+    inputs = {role: finished.artifact(stage) for role, stage in roles.items()}
+    out = Artifact(store or Store(finished.store.url + f"-{name}"), "evaluate", name)
+    for rank in range(world):
+        work = Evaluation(inputs, out, section, seed=0).work
+        write_missing_parts(work, rank=rank, world=world, batch_size=batch_size, progress=lambda done, total: None)
+        if rank == stop_after:
+            return None
+    return Evaluation(inputs, out, section, seed=0).finish()
+
+
+def close(a, b, rel):
+    for row in a["rows"]:
+        assert a["rows"][row] == pytest.approx(b["rows"][row], rel=rel), row
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    monkeypatch.setattr("repae_core.stages.evaluation_parts._PART_IMAGES", 5)
+
+
+def test_parts_cover_every_image_once():
+    for count in (1, 5, 6, 1000, 50_000):
+        parts = split_group("generated", count)
+        assert len(parts) <= 32
+        assert [i for p in parts for i in (p.start, p.stop)] == sorted(i for p in parts for i in (p.start, p.stop))
+        assert (parts[0].start, parts[-1].stop) == (0, count)
+        assert sum(p.stop - p.start for p in parts) == count
+
+
+def test_any_number_of_workers_and_a_stop_give_the_same_scores(finished):
+    one = evaluate(finished, "one")
+    assert set(one["rows"]) == {"generated", "untrained", "real", "reconstructions", "reconstructions_before"}
+    for world in (2, 3):
+        assert evaluate(finished, f"of-{world}", world=world) == one
+    assert evaluate(finished, "stopped", world=3, stop_after=1) is None
+    assert evaluate(finished, "stopped") == one
+
+
+def test_another_batch_size_changes_only_last_bits(finished):
+    close(evaluate(finished, "two", batch_size=2), evaluate(finished, "all", batch_size=100), rel=1e-3)
+
+
+def test_statistics_are_computed_once(finished):
+    store = Store(finished.store.url + "-shared")
+    first = evaluate(finished, "first", store=store)
+    images = ImageShards.images
+    read = []
+    ImageShards.images = lambda self, indices, *rest: read.append(len(indices)) or images(self, indices, *rest)
+    try:
+        again = evaluate(finished, "again", store=store, vae_images=0, latent_images=0, neighbour_samples=0)
+    finally:
+        ImageShards.images = images
+    assert read == []
+    assert again["rows"]["generated"] == first["rows"]["generated"]
+    assert again["provenance"]["reference"]["images"] == 36
+
+
+def test_a_reference_file_of_the_same_images_gives_the_same_scores(finished, tmp_path):
+    shards = ImageShards(finished.artifact("preprocess"))
+    pixels = shards.images(np.arange(len(shards))).permute(0, 2, 3, 1).numpy()
+    np.savez(tmp_path / "reference.npz", arr_0=pixels)
+    auto, file = evaluate(finished, "auto"), evaluate(finished, "file", reference=str(tmp_path / "reference.npz"))
+    close(auto, file, rel=1e-9)
+    assert evaluate(finished, "file", reference=str(tmp_path / "reference.npz")) == file  # with the kept statistics
+    assert "36 images of reference.npz" in file["protocol"]["reference"]
+
+
+def test_statistics_alone_have_no_precision(finished, tmp_path):
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(64), sigma=np.eye(64))
+    metrics = evaluate(finished, "stats", reference=str(tmp_path / "stats.npz"))
+    assert "precision" not in metrics["rows"]["generated"]
+    assert "real" not in metrics["rows"]
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    with pytest.raises(ValueError, match="belongs to another extractor"):
+        evaluate(finished, "other", reference=str(tmp_path / "stats.npz"))
+
+
+def test_compare(finished, call, tmp_path):
+    other = finished.run("generate.guidance=1.0", "generate.steps=3")
+    store = ("--store", finished.store.url)
+    page = tmp_path / "page.html"
+    code, out, err = call("compare", finished.record.run_id, other.run_id, *store, "-o", str(page))
+    assert code == 0, err
+    assert "the same noise" in out
+    text = page.read_text()
+    for part in (finished.record.run_id, other.run_id, "fd_digits", "2 on t in", "1 on t in", "data:image/png;base64,"):
+        assert part in text
+    assert json.dumps(str(tmp_path)) not in text
+    code, _, err = call("compare", other.run_id, other.run_id, *store)
+    assert code == 2
+    assert "two or more different runs" in err
+    record = other.model_copy(update={"run_id": "unfinished", "stages": {}})
+    save_run(finished.store, record)
+    code, _, err = call("compare", other.run_id, "unfinished", *store)
+    assert code == 2
+    assert "run unfinished has no finished evaluate" in err
