@@ -72,11 +72,14 @@ class RaySession:
             return
         for name, value in _QUIET.items():
             os.environ.setdefault(name, value)
-        import ray
-
         given = os.environ.get("RAY_ADDRESS")
         if given:
             _probe(given)
+        else:
+            # Else Ray takes the machine's address for 127.0.0.1, and then listens on every interface.
+            os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        import ray
+
         with signal_handlers_kept():
             context: Any = ray.init(
                 address=given,
