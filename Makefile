@@ -12,7 +12,7 @@ COMPOSE ?= $(DOCKER) compose
 # e.g. BUILD_ARGS="--build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu" for a worker image without CUDA
 BUILD_ARGS ?=
 
-.PHONY: help env run serve stack stack-down deployments report test test-slow lint lock clean networks
+.PHONY: help env run serve stack stack-down deployments report test test-slow test-soak lint lock clean networks
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | column -t -s $$'\t'
@@ -55,6 +55,9 @@ test: env  ## All fast tests
 
 test-slow: env  ## The end-to-end tests that take minutes
 	$(TEST_ENV) $(BIN)/python -m pytest -m slow -n 2 --timeout 1800
+
+test-soak: env  ## Kills, cancels and a browser: many minutes on a machine that does nothing else
+	$(TEST_ENV) $(BIN)/python -m pytest -m soak --timeout 1800
 
 lint: env  ## Formatter, linter, types, import directions
 	$(BIN)/ruff format --check .

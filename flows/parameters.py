@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import Annotated, Any, cast
 
 from prefect import runtime
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    create_model,
+    model_serializer,
+)
 from pydantic.json_schema import SkipJsonSchema
 
 from repae_core.config import PipelineConfig, load_config, preset_names, resolve_config
@@ -19,6 +26,16 @@ Preset = Annotated[
 
 _NAME_LENGTH = 120
 _ABSENT: Any = cast(Any, SkipJsonSchema)[None]  # allowed, but not offered in the form
+
+
+class _Absent(BaseModel):
+    """Leaves out what is not set. A null in the schema's defaults would be sent back by the form, and be refused."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in serialize(self).items() if value is not None}
 
 
 def _optional(model: type[BaseModel]) -> type[BaseModel]:
@@ -38,10 +55,13 @@ def _optional(model: type[BaseModel]) -> type[BaseModel]:
             )
             continue
         constrained: Any = Annotated[annotation, *field.metadata] if field.metadata else annotation
-        fields[name] = (constrained | _ABSENT, Field(None, description=field.description, json_schema_extra=extra))
+        fields[name] = (
+            constrained | _ABSENT,
+            Field(default_factory=lambda: None, description=field.description, json_schema_extra=extra),
+        )
     return create_model(
         f"{model.__name__}Overrides",
-        __config__=ConfigDict(extra="forbid", protected_namespaces=()),
+        __base__=_Absent,
         __doc__=model.__doc__,
         **fields,
     )

@@ -35,10 +35,13 @@ class Served(NamedTuple):
         command += [part for parameter in parameters for part in ("-p", parameter)]
         return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=280)
 
-    def ask(self, what: str, body: dict[str, Any], method: str = "POST") -> Any:
+    def ask(self, what: str, body: dict[str, Any] | None, method: str = "POST") -> Any:
         """Prefect's API."""
         request = urllib.request.Request(
-            f"{self.api}/{what}", json.dumps(body).encode(), {"Content-Type": "application/json"}, method=method
+            f"{self.api}/{what}",
+            None if body is None else json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+            method=method,
         )
         with urllib.request.urlopen(request, timeout=20) as answer:
             content = answer.read()

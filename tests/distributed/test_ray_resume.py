@@ -48,7 +48,7 @@ def curves(home: Path) -> dict[str, list[tuple[int, float]]]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_killed_and_continued_through_ray(workers, tmp_path, home):

@@ -1,8 +1,10 @@
 from pathlib import Path
 
+import jsonschema
 import pytest
 from prefect import State
 from prefect.states import Failed
+from prefect.utilities.callables import parameter_schema
 
 from flows.deployments import FLOWS, TARGETS, deployments, prefect_yaml
 from repae_core.config import STAGES, preset_names
@@ -46,3 +48,27 @@ def test_deploy_without_a_server_names_the_remedy(call, monkeypatch):
     code, _, err = call("deploy")
     assert code == 2
     assert "make serve" in err
+
+
+@pytest.mark.parametrize("name", list(FLOWS))
+def test_a_form_that_nobody_filled_is_accepted(name):
+    """Prefect's UI sends the schema's defaults back, and its server checks them against the schema."""
+    file, _, variable = FLOWS[name].partition(":")
+    module = __import__(file.removesuffix(".py").replace("/", "."), fromlist=[variable])
+    schema = parameter_schema(getattr(module, variable).fn).model_dump()
+
+    def filled(part: dict) -> dict:
+        """What the form starts with: every property that has a default, objects all the way down."""
+        part = schema["definitions"][part["$ref"].rpartition("/")[2]] if "$ref" in part else part
+        values = {}
+        for field, described in part.get("properties", {}).items():
+            if "$ref" in described:
+                values[field] = filled(described)
+            elif "default" in described:
+                values[field] = described["default"]
+        return values
+
+    values = filled(schema)
+    assert values["preset"] == "quickstart"
+    jsonschema.validate(values, schema)
+    jsonschema.validate({field: p["default"] for field, p in schema["properties"].items()}, schema)
