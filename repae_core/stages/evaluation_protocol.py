@@ -39,7 +39,7 @@ def provenance(
     """Everything needed to quote the scores, or to get them again."""
     info, extractor = work.info, work.extractor
     manifest = inputs["samples"].manifest()
-    model = manifest.inputs["model"].model_dump() if manifest else {}
+    model = manifest.inputs["model"].model_dump(exclude={"manifest_sha256"}) if manifest else {}  # it holds times
     made = manifest.config["config"] if manifest else {}
     return {
         "num_images": len(work.pixels),
