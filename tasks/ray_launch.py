@@ -91,8 +91,16 @@ class RaySession:
             )
         self.address = context.address_info["address"]
 
-    def reconnect_if_lost(self) -> None:
-        """After a failure: give up a connection to a cluster that does not answer any more, and wait for its return."""
+    def recover(self) -> None:
+        """After a failure: a new private cluster; of a given one only the connection, if it does not answer any more.
+
+        Ray Train frees the CPUs of a group that failed by asking the dashboard, which a private cluster has not: they
+        would stay reserved, and the next group would wait for them for ever.
+        """
+        given = os.environ.get("RAY_ADDRESS")
+        if not given:
+            self.close()
+            return
         import ray
 
         try:
@@ -100,8 +108,7 @@ class RaySession:
         except Exception:
             logger.warning("the Ray cluster does not answer; connecting anew")
             self.close()
-            if given := os.environ.get("RAY_ADDRESS"):
-                _probe(given, _HEAD_SECONDS)
+            _probe(given, _HEAD_SECONDS)
 
     def close(self) -> None:
         """End the session, and the private cluster with it."""
@@ -152,7 +159,7 @@ def launch(
                 raise WorkersFailedError(_root_cause(error)) from error
             logger.warning("the workers failed (%s); starting again, failure %d of %d without a new checkpoint",
                            _root_cause(error), failures, max_failures)  # fmt: skip
-            session.reconnect_if_lost()
+            session.recover()
         except BaseException:
             session.close()
             raise
