@@ -25,6 +25,7 @@ def execute(context: StageContext) -> StageOutcome:
         ImageShards(context.inputs["images"]),
         context.artifact,
         checkpoint=section.checkpoint,
+        weights=section.weights,
         stats_images=section.stats_images,
         ema_latent_stats=context.config.compat.ema_latent_stats,
         export_diffusers=section.export_diffusers,

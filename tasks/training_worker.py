@@ -45,6 +45,7 @@ def _train(payload: dict[str, Any], report: Report) -> dict[str, Any]:
 
     from repae_core.config import PipelineConfig, section_name
     from repae_core.training.distributed import open_group
+    from repae_core.training.host_memory import freed_memory_kept
     from repae_core.training.run import TrainingRun
 
     config = PipelineConfig.model_validate(payload["config"])
@@ -53,7 +54,8 @@ def _train(payload: dict[str, Any], report: Report) -> dict[str, Any]:
     folder = Artifact(store, payload["stage"], payload["fingerprint"])
     inputs = {role: open_artifact(reference) for role, reference in payload["inputs"].items()}
     group = open_group(use_gpu=section.gpus_per_worker > 0)
-    with torch_threads(payload["threads"]), _log_file(folder, f"logs/rank{group.rank}.log"):
+    memory = freed_memory_kept() if group.device.type == "cpu" else contextlib.nullcontext()
+    with memory, torch_threads(payload["threads"]), _log_file(folder, f"logs/rank{group.rank}.log"):
         run: TrainingRun = _BUILDERS[payload["stage"]](config, inputs, folder, group)
         history = run.run(
             report=lambda progress: report(dataclasses.asdict(progress)) if group.is_main else None,

@@ -99,6 +99,8 @@ class PipelineConfig(Config):
                 f"preprocess.resolution={self.preprocess.resolution} is not divisible by {factor}, "
                 "the downsampling of train_repae.vae"
             )
+        if self.extract_vae.weights == "ema" and not self.train_repae.vae_ema_decay:
+            raise ValueError("extract_vae.weights=ema needs a moving average: set train_repae.vae_ema_decay")
         if self.train_ldm.flip and not self.cache_latents.flip:
             raise ValueError("train_ldm.flip needs mirrored latents: set cache_latents.flip=true")
         cached, used = self.cache_latents, self.train_ldm

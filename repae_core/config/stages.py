@@ -32,6 +32,9 @@ class ExtractVAEConfig(Config):
     """The tuned VAE out of a joint checkpoint, with its measured latent statistics."""
 
     checkpoint: str = output("last", "Joint checkpoint: `last` or images seen")
+    weights: Literal["raw", "ema"] = output(
+        "raw", "The tuned VAE itself, or its moving average (needs train_repae.vae_ema_decay)"
+    )
     stats_images: int | None = output(None, "Images on which latent statistics are measured; none = all", ge=2)
     export_diffusers: bool = output(True, "Also write a diffusers AutoencoderKL folder")
     batch_size: int = execution(64, "Images a forward pass", ge=1)

@@ -118,6 +118,7 @@ class TrainingConfig(Config):
     max_grad_norm: float = output(1.0, "Norm to which each network's gradient is clipped", gt=0)
     ema_decay: float = output(0.9999, "Decay a step of SiT's moving average", ge=0, lt=1)
     mixed_precision: Literal["no", "bf16", "fp16"] = output("no", "Autocast of SiT and encoders (losses stay fp32)")
+    allow_tf32: bool = output(False, "TF32 for fp32 matrix products and convolutions (NVIDIA Ampere and later)")
     flip: bool = output(False, "Mirror each image with probability 1/2 (train_ldm: needs cache_latents.flip)")
     shuffle_shards: int = output(
         0, "Shards shuffled together, so that about so many are read at a time; 0 = the whole data set", ge=0
@@ -129,6 +130,10 @@ class TrainingConfig(Config):
     gradient_accumulation_steps: int = execution(
         1, "Micro-batches into which a worker splits its part of a batch", ge=1
     )
+    activation_checkpointing: bool = execution(
+        False, "Recompute the activations of SiT and the VAE in the backward pass: less memory, more time, same bits"
+    )
+    compile: bool = execution(False, "torch.compile of SiT's and the VAE's blocks (may change the last bits)")
     workers: int = execution(1, "Ray Train workers; 0 = in this process, without Ray", ge=0)
     cpus_per_worker: int = execution(2, "CPUs reserved for a worker", ge=1)
     gpus_per_worker: int = execution(0, "GPUs reserved for a worker", ge=0)
@@ -208,6 +213,10 @@ class TrainRepaeConfig(TrainingConfig):
     vae_learning_rate: float = output(1e-4, "AdamW learning rate of the VAE", gt=0)
     disc_learning_rate: float = output(1e-4, "AdamW learning rate of the discriminator", gt=0)
     vae_align_proj_coeff: float = output(1.5, "Weight of the alignment loss that reaches the VAE", ge=0)
+    vae_mixed_precision: Literal["no", "bf16"] = output(
+        "no", "Autocast of VAE, perceptual network and discriminator, as published: no (losses stay fp32)"
+    )
+    vae_ema_decay: float = output(0.0, "Decay a step of a moving average of the VAE; 0 = none", ge=0, lt=1)
     bn_momentum: float = output(0.1, "Momentum of SiT's latent norm", gt=0, le=1)
     reconstruction_loss: Literal["l1", "l2"] = output("l1", "Pixel loss of the VAE")
     perceptual_loss: Literal["lpips-vgg", "digits", "none"] = output("lpips-vgg", "Network of the perceptual loss")
@@ -227,6 +236,11 @@ class TrainRepaeConfig(TrainingConfig):
         "", "File of the first latent statistics (latents_scale, latents_bias); empty = measured", content=True
     )
     latent_stats_images: int = output(10_000, "Images on which the first latent statistics are measured", ge=2)
+
+    @field_validator("vae_mixed_precision", mode="before")
+    @classmethod
+    def _yaml_no_vae(cls, value: Any) -> Any:
+        return "no" if value is False else value
 
     @field_validator("perceptual_loss", mode="before")
     @classmethod

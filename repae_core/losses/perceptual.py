@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self, cast
 
 import lpips
 import torch
@@ -46,11 +46,16 @@ class LPIPS(PerceptualLoss):
     """LPIPS v0.1, with an ImageNet backbone and the lpips package's linear heads.
 
     double_scale: map the images by 2x-1 once more, as the published training does (compat `lpips_double_scale`).
+    trunk_dtype: autocast type of the backbone's convolutions; None = fp32.
     """
 
-    def __init__(self, network: nn.Module, *, double_scale: bool = False) -> None:
+    def __init__(
+        self, network: nn.Module, *, double_scale: bool = False, trunk_dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
-        self.network = network
+        self.network: Any = network
+        if trunk_dtype is not None:
+            self.network.net = HalfPrecisionTrunk(cast(nn.Module, network.net), trunk_dtype)
         self.double_scale = double_scale
         self.freeze()
 
@@ -58,6 +63,20 @@ class LPIPS(PerceptualLoss):
         """Images [B,3,H,W] in [-1,1] -> [B]."""
         distance: Tensor = self.network(a, b, normalize=self.double_scale)
         return distance.flatten()  # [B,1,1,1]
+
+
+class HalfPrecisionTrunk(nn.Module):
+    """A convolutional trunk under autocast; its features leave it in fp32, in which distances are computed."""
+
+    def __init__(self, trunk: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.trunk, self.dtype = trunk, dtype
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Images [B,3,H,W] -> the trunk's named tuple of features."""
+        with torch.autocast(x.device.type, dtype=self.dtype):
+            features = self.trunk(x)
+        return type(features)(*(f.float() for f in features))
 
 
 class DigitsPerceptual(PerceptualLoss):
@@ -86,12 +105,14 @@ def _normalized_difference(p: Tensor, q: Tensor) -> Tensor:
     return (p - q).square().sum(dim=1).mean(dim=(1, 2))
 
 
-def build_perceptual(name: str, weights: str | None = None, *, double_scale: bool = False) -> PerceptualLoss:
+def build_perceptual(
+    name: str, weights: str | None = None, *, double_scale: bool = False, trunk_dtype: torch.dtype | None = None
+) -> PerceptualLoss:
     """The perceptual distance `lpips-vgg`, `lpips-alex` or `digits`: (a, b) in [-1,1] -> [B].
 
     weights: backbone weights, a local or remote safetensors or .pth file in torchvision's layout (for `digits`:
     a file of `repae_core.digits.train`). None: torchvision's own, downloaded once (`digits`: the committed ones).
-    double_scale: see `LPIPS`.
+    double_scale, trunk_dtype: see `LPIPS` (the digits' small network stays fp32).
 
     Raises:
         ValueError: unknown name, unreadable or unfitting weights, or no weights and no network.
@@ -104,7 +125,8 @@ def build_perceptual(name: str, weights: str | None = None, *, double_scale: boo
     if name not in _BACKBONES:
         raise ValueError(f"unknown perceptual loss {name!r}; known: {', '.join(PERCEPTUAL_NAMES)}")
     state = read_state_dict(weights) if weights else _download(name)
-    return LPIPS(_lpips_network(name, state, weights or f"torchvision's {name} backbone"), double_scale=double_scale)
+    lpips_network = _lpips_network(name, state, weights or f"torchvision's {name} backbone")
+    return LPIPS(lpips_network, double_scale=double_scale, trunk_dtype=trunk_dtype)
 
 
 def _lpips_network(name: str, state: dict[str, Tensor], origin: str) -> nn.Module:

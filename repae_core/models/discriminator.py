@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from repae_core.models.batch_norm import GlobalBatchNorm2d
+from repae_core.models.precision import at_least_fp32
 
 
 class PatchGAN(nn.Module):
@@ -34,8 +35,8 @@ class PatchGAN(nn.Module):
         self.apply(_initialise)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits of realness."""
-        return self.main(images)
+        """Logits of realness; fp32 at least, under autocast too."""
+        return at_least_fp32(self.main(images))
 
 
 def _initialise(module: nn.Module) -> None:

@@ -13,6 +13,7 @@ from repae_core.config.architectures import parse_sit_name
 from repae_core.models.embeddings import LabelEmbedder, PatchEmbedding, TimestepEmbedder, sincos_position_table
 from repae_core.models.latent_norm import LatentNorm
 from repae_core.models.projector import build_projector
+from repae_core.models.recompute import RecomputableBlock
 
 
 class Attention(nn.Module):
@@ -47,7 +48,7 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
-class SiTBlock(nn.Module):
+class SiTBlock(RecomputableBlock):
     """Attention and MLP, each modulated and gated by the condition (adaLN-Zero)."""
 
     def __init__(self, hidden_size: int, num_heads: int, *, mlp_ratio: float, qk_norm: bool) -> None:

@@ -10,9 +10,11 @@ from torch.nn import functional as F
 
 from repae_core.config.architectures import VAE_ARCHITECTURES
 from repae_core.models.gaussian import DiagonalGaussian
+from repae_core.models.precision import at_least_fp32
+from repae_core.models.recompute import RecomputableBlock
 
 
-class ResBlock(nn.Module):
+class ResBlock(RecomputableBlock):
     """Two 3x3 convolutions with GroupNorm and SiLU, and a 1x1 shortcut where the width changes."""
 
     def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
@@ -31,7 +33,7 @@ class ResBlock(nn.Module):
         return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
 
 
-class SpatialAttention(nn.Module):
+class SpatialAttention(RecomputableBlock):
     """Single-head self-attention over all positions."""
 
     def __init__(self, channels: int, groups: int) -> None:
@@ -212,12 +214,12 @@ class KLVAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if quant_conv else nn.Identity()
 
     def encode(self, x: Tensor) -> DiagonalGaussian:
-        """Posterior of images [B,3,H,W] in [-1,1]."""
-        return DiagonalGaussian(self.quant_conv(self.encoder(x)))
+        """Posterior of images [B,3,H,W] in [-1,1]; fp32 at least, under autocast too."""
+        return DiagonalGaussian(at_least_fp32(self.quant_conv(self.encoder(x))))
 
     def decode(self, z: Tensor) -> Tensor:
-        """Images [B,3,H,W], nominally in [-1,1], of latents [B,C,h,w]."""
-        return self.decoder(self.post_quant_conv(z))
+        """Images [B,3,H,W], nominally in [-1,1], of latents [B,C,h,w]; fp32 at least."""
+        return at_least_fp32(self.decoder(self.post_quant_conv(z)))
 
     def forward(self, x: Tensor, posterior_noise: Tensor) -> tuple[DiagonalGaussian, Tensor, Tensor]:
         """(posterior, z = mean + std*noise, decode(z)) in one call, so that DDP sees all of it."""

@@ -26,6 +26,7 @@ def extract_vae(
     out: Artifact,
     *,
     checkpoint: str,
+    weights: str,
     stats_images: int | None,
     ema_latent_stats: bool,
     export_diffusers: bool,
@@ -35,11 +36,13 @@ def extract_vae(
 ) -> dict[str, Any]:
     """Write the VAE (`vae.safetensors`, `vae.json`), `latent_stats.json`, `discriminator.safetensors`, `diffusers/`.
 
+    weights: raw | ema, of the VAE.
     ema_latent_stats: published behaviour, the moving average's running statistics instead of measured ones.
     """
     seen = resolve_checkpoint(joint, checkpoint)
     record = read_record(joint, seen)
-    blob = joint.read_bytes(f"checkpoints/{seen}/vae.safetensors")
+    file = {"raw": "vae", "ema": "vae_ema"}[weights]
+    blob = joint.read_bytes(f"checkpoints/{seen}/{file}.safetensors")
     vae = build_vae(record["vae"])
     vae.load_state_dict(load_safetensors(blob))
     vae.eval().requires_grad_(False)

@@ -9,6 +9,7 @@ import torch
 from repae_core.training.draws import Draws
 from repae_core.training.ldm_step import ldm_step
 from repae_core.training.micro_batches import micro_batches
+from repae_core.training.precision import autocast
 from repae_core.training.repae_step import apply_updates, discriminator_phase, signed_images, sit_loss, vae_loss
 from repae_core.training.state import Batch, JointObjective, JointState, Metrics
 
@@ -41,7 +42,8 @@ def naive_end_to_end_step(
     assert objective.accumulation_steps == 1  # the statistics of z hold the whole batch's graph
     with state.timer("vae"):
         x = signed_images(batch, state)
-        posterior, z, recon = state.vae.forward(x, draws.posterior_noise)
+        with autocast(state.device, objective.vae_mixed_precision):
+            posterior, z, recon = state.vae.forward(x, draws.posterior_noise)
         of_vae, metrics = vae_loss(state, x, posterior, z, recon, batch, draws, objective)
         of_sit, sit_metrics = sit_loss(state, state.sit.module.train().bn(z), batch, draws, objective)
         # One pass: the two losses share the graph of z, and DDP reduces a network's gradient once.

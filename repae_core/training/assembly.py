@@ -14,9 +14,11 @@ from repae_core.encoders import build_encoder, encoder_dim
 from repae_core.interop import load_vae_weights
 from repae_core.losses import LeCamEMA, build_perceptual
 from repae_core.models import SiT, build_discriminator, build_sit, build_vae
+from repae_core.models.recompute import recompute_activations
+from repae_core.training.compiled import compile_blocks, keep_if_it_compiles
 from repae_core.training.distributed import Group
 from repae_core.training.optim import M, Network
-from repae_core.training.precision import autocast
+from repae_core.training.precision import autocast, autocast_dtype
 from repae_core.training.state import FlowObjective, JointObjective, JointState, LDMState
 from repae_core.training.timing import PhaseTimer
 from repae_core.weights import load_weights, read_state_dict
@@ -66,14 +68,18 @@ def new_sit(config: TrainingConfig, *, latent_size: int, latent_channels: int, n
     )
 
 
-def moving_average(sit: SiT) -> SiT:
-    """A frozen copy of SiT, in eval mode."""
-    return copy.deepcopy(sit).eval().requires_grad_(False)
+def moving_average(network: M) -> M:
+    """A frozen copy, in eval mode."""
+    return copy.deepcopy(network).eval().requires_grad_(False)
 
 
 def train_network(module: M, config: TrainingConfig, group: Group, learning_rate: float) -> Network[M]:
     """The module on the group's device, wrapped, with its AdamW."""
     module = module.to(group.device)
+    if config.activation_checkpointing:
+        recompute_activations(module)
+    if config.compile:
+        compile_blocks(module)
     return Network(
         module,
         group.wrap(module),
@@ -113,10 +119,11 @@ def new_joint_state(
         ema=moving_average(sit),
         timer=PhaseTimer(group.device),
         vae=train_network(vae, config, group, config.vae_learning_rate),
+        vae_ema=moving_average(vae) if config.vae_ema_decay else None,
         discriminator=train_network(discriminator, config, group, config.disc_learning_rate),
         lecam=LeCamEMA(config.lecam_decay) if config.lecam_weight else None,
     )
-    settle(state)
+    settle(state, compiled=config.compile)
     return state
 
 
@@ -124,14 +131,24 @@ def new_ldm_state(config: TrainingConfig, group: Group, sit: SiT) -> LDMState:
     """SiT ready for the latent-only loop."""
     trained = train_network(sit, config, group, config.learning_rate)
     state = LDMState(group=group, sit=trained, ema=moving_average(sit), timer=PhaseTimer(group.device))
-    settle(state)
+    settle(state, compiled=config.compile)
     return state
 
 
-def settle(state: LDMState) -> None:
-    """One throw-away pass through every wrapped network, so that resumed runs reduce gradients as unstopped ones do."""
-    if state.group.world_size == 1:
-        return
+def settle(state: LDMState, *, compiled: bool) -> None:
+    """One throw-away pass through every network where one is needed.
+
+    Under DDP, so that resumed runs reduce gradients as unstopped ones do; compiled, to see that they do compile.
+    """
+    if compiled:
+        modules = [network.module for network in state.networks().values()]
+        keep_if_it_compiles(lambda: throw_away_pass(state), *modules)
+    elif state.group.world_size > 1:
+        throw_away_pass(state)
+
+
+def throw_away_pass(state: LDMState) -> None:
+    """Forward and backward through every network, of one image of zeros; nothing is kept."""
     sit, device = state.sit.module, state.device
     z = torch.zeros(1, sit.in_channels, sit.input_size, sit.input_size, device=device)
     zero = torch.zeros(1, device=device)
@@ -170,7 +187,10 @@ def joint_objective(config: TrainRepaeConfig, compat: CompatConfig, device: torc
     perceptual = None
     if config.perceptual_loss != "none" and config.perceptual_weight > 0:
         perceptual = build_perceptual(
-            config.perceptual_loss, config.perceptual_weights or None, double_scale=compat.lpips_double_scale
+            config.perceptual_loss,
+            config.perceptual_weights or None,
+            double_scale=compat.lpips_double_scale,
+            trunk_dtype=autocast_dtype(device, config.vae_mixed_precision),
         ).to(device)
     return JointObjective(
         **flow_settings(config),
@@ -182,4 +202,6 @@ def joint_objective(config: TrainRepaeConfig, compat: CompatConfig, device: torc
         discriminator_start=config.discriminator_start,
         lecam_weight=config.lecam_weight,
         vae_align_proj_coeff=config.vae_align_proj_coeff,
+        vae_mixed_precision=config.vae_mixed_precision,
+        vae_ema_decay=config.vae_ema_decay,
     )

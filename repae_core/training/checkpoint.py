@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +53,15 @@ def _discriminator_buffers(state: LDMState) -> list[dict[str, Tensor]]:
 
 
 def load_checkpoint(
-    folder: Artifact, images_seen: int, state: LDMState, *, accumulation_steps: int = 1
+    folder: Artifact, images_seen: int, state: LDMState, *, rounding: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """Fill `state` from a committed checkpoint; returns its record.
 
+    rounding: settings that decide how sums round, as `LoopSettings.rounding`.
+
     Raises:
-        ValueError: it was written by another number of workers or micro-batches (the discriminator's statistics are
-            theirs, and gradient sums round differently).
+        ValueError: it was written by another number of workers (the discriminator's statistics are theirs) or with
+            other rounding, or has no moving average of the VAE where this run keeps one.
     """
     name = f"{FOLDER}/{images_seen}"
     record: dict[str, Any] = folder.read_json(f"{name}/state.json")
@@ -67,13 +70,17 @@ def load_checkpoint(
             f"{folder.uri}: checkpoint {images_seen} was written by {record['world_size']} worker(s), this run has "
             f"{state.group.world_size}; set workers={record['world_size']}, or --force the stage to start anew"
         )
-    parts = record.get("accumulation_steps")
-    if parts not in (None, accumulation_steps):
-        raise ValueError(
-            f"{folder.uri}: checkpoint {images_seen} was written with gradient_accumulation_steps={parts}, this run "
-            f"has {accumulation_steps}; set it to {parts}, or --force the stage to start anew"
-        )
+    for setting, ours in (rounding or {}).items():
+        theirs = record.get(setting, ours)
+        if theirs != ours:
+            raise ValueError(
+                f"{folder.uri}: checkpoint {images_seen} was written with {setting}={theirs}, this run has {ours}; set "
+                f"it to {theirs}, or --force the stage to start anew"
+            )
     for weights, module in named_modules(state).items():
+        if weights == "vae_ema" and not folder.exists(f"{name}/{weights}.safetensors"):
+            raise ValueError(f"{folder.uri}: checkpoint {images_seen} has no moving average of the VAE; set "
+                             "vae_ema_decay=0, or start anew")  # fmt: skip
         module.load_state_dict(load_safetensors(folder.read_bytes(f"{name}/{weights}.safetensors")))
     for network, trained in state.networks().items():
         blob = io.BytesIO(folder.read_bytes(f"{name}/{network}.optimizer.pt"))
@@ -93,7 +100,10 @@ def load_checkpoint(
 
 def named_modules(state: LDMState) -> dict[str, nn.Module]:
     """Every module whose weights a checkpoint holds, by file name."""
-    return {name: network.module for name, network in state.networks().items()} | {"ema": state.ema}
+    modules = {name: network.module for name, network in state.networks().items()} | {"ema": state.ema}
+    if isinstance(state, JointState) and state.vae_ema is not None:
+        modules["vae_ema"] = state.vae_ema
+    return modules
 
 
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

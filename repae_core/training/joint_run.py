@@ -82,7 +82,9 @@ class JointRun(TrainingRun):
             sit.set_latent_stats(scale=scale, bias=bias)
 
     def keep_untuned_vae(self) -> None:
-        """The VAE that joint training starts from, which `evaluate` compares with the tuned one."""
+        """The VAE that joint training starts from: its moving average too, and what `evaluate` compares."""
+        if self.state.vae_ema is not None:
+            self.state.vae_ema.load_state_dict(self.state.vae.module.state_dict())
         if self.group.is_main:
             state = {name: tensor.cpu().contiguous() for name, tensor in self.state.vae.module.state_dict().items()}
             self.folder.write_bytes(UNTUNED_VAE, save_safetensors(state))

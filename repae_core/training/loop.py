@@ -52,6 +52,8 @@ Report = Callable[[Progress], None]
 class LoopSettings:
     """Intervals are in steps; 0 previews or kept checkpoints = none.
 
+    rounding: settings that decide how sums round (micro-batches, compilation): a checkpoint is continued only with the
+    ones it was written with.
     step_timeout: seconds after which a step counts as hanging and ends the process; 0 = max(120 s, 10 x median),
     None = never.
     """
@@ -64,7 +66,7 @@ class LoopSettings:
     preview_every: int
     keep_checkpoints_every: int = 0
     checkpoint_queue: int = 2
-    accumulation_steps: int = 1
+    rounding: dict[str, Any] = field(default_factory=dict)
     step_timeout: float | None = None
 
 
@@ -90,7 +92,7 @@ class TrainingLoop:
         self.state = state
         self.folder = folder
         self.settings = settings
-        self.record = record | {"accumulation_steps": settings.accumulation_steps}
+        self.record = record | settings.rounding
         self.report = report
         self.guard = guard
         self.preempted = preempted
@@ -113,7 +115,7 @@ class TrainingLoop:
                 f"{origin.uri} has seen {found[-1]} images; this run of {s.total_steps} steps of {s.batch_size} images "
                 "must be longer, by whole batches: see init_from, batch_size and max_steps"
             )
-        record = load_checkpoint(origin, found[-1], self.state, accumulation_steps=s.accumulation_steps)
+        record = load_checkpoint(origin, found[-1], self.state, rounding=s.rounding)
         self.history = record["history"]
         self.start_step = record["images_seen"] // s.batch_size
         logger.info("continued from checkpoint %d of %s", found[-1], origin.uri)

@@ -43,7 +43,8 @@ class Network(Generic[M]):
             weight_decay=weight_decay,
             foreach=True,
         )
-        self.scaler = torch.amp.GradScaler(enabled=grad_scale)
+        device = next(module.parameters()).device
+        self.scaler = torch.amp.GradScaler(device.type, enabled=grad_scale)
 
     def gradients(self, *, reduce: bool) -> AbstractContextManager[object]:
         """Forward and backward passes inside; `reduce` off: their gradients stay local for now."""

@@ -22,11 +22,25 @@ def autocast(device: torch.device, mixed_precision: str) -> AbstractContextManag
     Raises:
         ValueError: fp16 without a GPU.
     """
-    if mixed_precision == "no":
-        return nullcontext()
+    dtype = autocast_dtype(device, mixed_precision)
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+
+
+def autocast_dtype(device: torch.device, mixed_precision: str) -> torch.dtype | None:
+    """The type that `autocast` computes in; None for `no`.
+
+    Raises:
+        ValueError: fp16 without a GPU.
+    """
     if mixed_precision == "fp16" and device.type == "cpu":
         raise ValueError("mixed_precision=fp16 needs a GPU; use no or bf16 on a CPU")
-    return torch.autocast(device.type, dtype=_DTYPES[mixed_precision])
+    return _DTYPES.get(mixed_precision)
+
+
+def use_tf32(allowed: bool) -> None:
+    """Whether a GPU may compute fp32 products and convolutions in TF32 (torch's own default: convolutions only)."""
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
 
 
 def require_finite(terms: dict[str, Tensor], group: Group) -> None:

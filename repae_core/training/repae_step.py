@@ -92,7 +92,8 @@ def vae_phase(
 
     def loss(batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
         x = signed_images(batch, state)
-        posterior, z, recon = state.vae.forward(x, draws.posterior_noise)
+        with autocast(state.device, objective.vae_mixed_precision):
+            posterior, z, recon = state.vae.forward(x, draws.posterior_noise)
         kept.append((z.detach(), recon.detach()))
         return vae_loss(state, x, posterior, z, recon, batch, draws, objective)
 
@@ -139,7 +140,8 @@ def apply_updates(state: LDMState, metrics: Metrics, objective: FlowObjective, r
         with state.timer(name):
             metrics[f"grad_norm_{name}"] = network.step(objective.max_grad_norm, rate_factor)
     with state.timer("ema"):
-        update_ema(state.ema, state.sit.module, objective.ema_decay)
+        for average, module, decay in state.moving_averages(objective):
+            update_ema(average, module, decay)
     state.step += 1
 
 
@@ -158,7 +160,9 @@ def vae_loss(
     adversarial = objective.discriminator_weight * (state.step >= objective.discriminator_start)
     with frozen(sit, discriminator):
         loss, metrics = autoencoder_loss(x, recon, posterior, objective)
-        metrics["gan_loss"] = generator_loss(discriminator(recon))
+        with autocast(state.device, objective.vae_mixed_precision):
+            logits = discriminator(recon)
+        metrics["gan_loss"] = generator_loss(logits)
         sit.eval()  # the latent norm's running statistics, as the previous step left them
         x_t, _ = objective.interpolant.interpolate(sit.bn(z), draws.noise, draws.t)
         with autocast(state.device, objective.mixed_precision):
@@ -174,7 +178,8 @@ def discriminator_loss(
 ) -> tuple[Tensor, Metrics]:
     """Hinge loss (and LeCam's regulariser); the discriminator sees real images and reconstructions apart."""
     on = float(state.step >= objective.discriminator_start)
-    real, fake = state.discriminator.forward(x), state.discriminator.forward(recon)
+    with autocast(state.device, objective.vae_mixed_precision):
+        real, fake = state.discriminator.forward(x), state.discriminator.forward(recon)
     loss = on * hinge_discriminator_loss(real, fake)
     metrics = {"disc_loss": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
     if state.lecam is not None:
@@ -205,7 +210,8 @@ def vae_warmup_step(
 
     def loss(batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
         x = signed_images(batch, state)
-        posterior, _, recon = state.vae.forward(x, draws.posterior_noise)
+        with autocast(state.device, objective.vae_mixed_precision):
+            posterior, _, recon = state.vae.forward(x, draws.posterior_noise)
         total, terms = autoencoder_loss(x, recon, posterior, objective)
         return total, {name: value.detach() for name, value in terms.items()} | {"vae_loss": total.detach()}
 

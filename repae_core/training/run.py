@@ -16,6 +16,7 @@ from repae_core.training.distributed import Group
 from repae_core.training.draws import Draws, sample_draws
 from repae_core.training.loop import LoopSettings, Report, TrainingLoop
 from repae_core.training.optim import rate_factor
+from repae_core.training.precision import use_tf32
 from repae_core.training.state import Batch, FlowObjective, LDMState, Metrics
 
 
@@ -63,6 +64,7 @@ class TrainingRun(ABC):
         record: JSON-able values kept in every checkpoint; preempted: see TrainingLoop.
         """
         s = self.section
+        use_tf32(s.allow_tf32)
         settings = LoopSettings(
             total_steps=s.total_steps,
             batch_size=s.batch_size,
@@ -72,7 +74,7 @@ class TrainingRun(ABC):
             preview_every=s.preview_every,
             keep_checkpoints_every=s.keep_checkpoints_every,
             checkpoint_queue=s.checkpoint_queue,
-            accumulation_steps=s.gradient_accumulation_steps,
+            rounding={"gradient_accumulation_steps": s.gradient_accumulation_steps, "compile": s.compile},
             step_timeout=s.step_timeout if s.workers else None,
         )
         record = record | self.specs() | {"batch_size": s.batch_size}

@@ -61,6 +61,8 @@ class JointObjective(FlowObjective):
     """Settings of the joint step's losses (system.md section 3.2-3.3).
 
     perceptual: images in [-1,1] (a, b) -> distance [B], or None.
+    vae_mixed_precision: autocast of the VAE and the discriminator; their losses are fp32 in any case.
+    vae_ema_decay: of the VAE's moving average, where the state has one.
     """
 
     perceptual: nn.Module | None = None
@@ -71,6 +73,8 @@ class JointObjective(FlowObjective):
     discriminator_start: int = 0
     lecam_weight: float = 0.0
     vae_align_proj_coeff: float = 1.5
+    vae_mixed_precision: str = "no"
+    vae_ema_decay: float = 0.0
 
 
 @dataclass
@@ -86,6 +90,10 @@ class LDMState:
     def networks(self) -> dict[str, Network[Any]]:
         """Trained networks by name."""
         return {"sit": self.sit}
+
+    def moving_averages(self, objective: FlowObjective) -> list[tuple[nn.Module, nn.Module, float]]:
+        """(average, the module it follows, decay a step)."""
+        return [(self.ema, self.sit.module, objective.ema_decay)]
 
     @property
     def device(self) -> torch.device:
@@ -105,10 +113,18 @@ class JointState(LDMState):
     vae: Network[KLVAE] = field(kw_only=True)
     discriminator: Network[PatchGAN] = field(kw_only=True)
     lecam: LeCamEMA | None = None
+    vae_ema: KLVAE | None = None
 
     def networks(self) -> dict[str, Network[Any]]:
         """Trained networks by name."""
         return {"sit": self.sit, "vae": self.vae, "discriminator": self.discriminator}
+
+    def moving_averages(self, objective: FlowObjective) -> list[tuple[nn.Module, nn.Module, float]]:
+        """(average, the module it follows, decay a step)."""
+        averages = super().moving_averages(objective)
+        if self.vae_ema is not None and isinstance(objective, JointObjective):
+            averages.append((self.vae_ema, self.vae.module, objective.vae_ema_decay))
+        return averages
 
 
 Metrics = dict[str, Tensor]

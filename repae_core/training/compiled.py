@@ -1,0 +1,38 @@
+"""torch.compile of the blocks that repeat: each kind is compiled once, whatever the depth of the network."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+import torch._dynamo.config
+from torch import nn
+
+from repae_core.models.recompute import RecomputableBlock
+
+_GRAPHS = 64  # of one kind of block: a VAE's has a graph a width and resolution, more than torch's limit of 8
+logger = logging.getLogger("repae_core")
+
+
+def compile_blocks(*networks: nn.Module) -> None:
+    """Have the blocks inside compiled at their first pass; names in the state dict stay."""
+    torch._dynamo.config.recompile_limit = _GRAPHS
+    for block in _blocks(*networks):
+        block.compile(dynamic=False)
+
+
+def keep_if_it_compiles(first_pass: Callable[[], None], *networks: nn.Module) -> None:
+    """Make the first pass; where it fails, warn once and go on uncompiled (no C compiler, an unknown operator)."""
+    try:
+        first_pass()
+    except Exception as error:
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        logger.warning("torch.compile failed (%s); training goes on without it", cause[:200])
+        for block in _blocks(*networks):
+            block._compiled_call_impl = None
+        first_pass()
+
+
+def _blocks(*networks: nn.Module) -> list[nn.Module]:
+    return [module for network in networks for module in network.modules() if isinstance(module, RecomputableBlock)]

@@ -1,0 +1,169 @@
+"""Settings that change how a step is computed, not what: recomputed activations, compilation, half precision."""
+
+import logging
+
+import pytest
+import tiny
+import torch
+from torch._inductor import config as inductor
+
+from repae_core.artifacts import Artifact, Store
+from repae_core.losses import build_perceptual
+from repae_core.models import build_vae
+from repae_core.models.recompute import recompute_activations
+from repae_core.training.distributed import open_group
+from repae_core.training.host_memory import freed_memory_kept
+from repae_core.training.joint_run import JointRun
+from repae_core.training.repae_step import repae_step
+
+
+def joint_run(images, path, *settings) -> JointRun:
+    config = tiny.config("digits", path, *(f"train_repae.{s}" for s in settings))
+    return JointRun(config, images, Artifact(Store(str(path)), "train-repae", "test"), open_group())
+
+
+def after_two_steps(run: JointRun) -> tuple[dict[str, torch.Tensor], list[dict[str, torch.Tensor]]]:
+    """Weights of all networks, and the metrics of each step, from the first joint step on."""
+    batches, metrics = run.batches(2), []
+    for _ in range(2):
+        batch, draws = next(batches)
+        metrics.append(repae_step(run.state, batch, run.joint_objective, draws))
+    weights = {f"{n}.{k}": v for n, net in run.state.networks().items() for k, v in net.module.state_dict().items()}
+    return weights, metrics
+
+
+def kept_bytes(vae: torch.nn.Module) -> int:
+    """Bytes that autograd keeps for the backward pass, weights apart."""
+    sizes: dict[int, int] = {}
+    own = {p.data_ptr() for p in vae.parameters()}
+
+    def keep(tensor):
+        if tensor.data_ptr() not in own:
+            sizes[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        vae(torch.randn(2, 3, 32, 32), torch.randn(2, 4, 4, 4))
+    return sum(sizes.values())
+
+
+def test_recomputed_activations_give_the_same_bits(images, tmp_path):
+    plain, plain_metrics = after_two_steps(joint_run(images, tmp_path / "a"))
+    run = joint_run(images, tmp_path / "b", "activation_checkpointing=true")
+    recomputed, metrics = after_two_steps(run)
+    assert run.state.sit.module.blocks[0].recompute
+    assert metrics == plain_metrics
+    assert all(torch.equal(value, plain[name]) for name, value in recomputed.items())
+
+
+def test_recomputing_keeps_less():
+    spec = {"base_channels": 32, "norm_groups": 8, "latent_channels": 4}
+    vae = build_vae(spec)
+    before = kept_bytes(vae)
+    recompute_activations(vae)
+    assert kept_bytes(vae) < 0.5 * before
+
+
+def test_a_compiler_that_is_missing_is_one_warning(images, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(inductor.cpp, "cxx", ("no-such-compiler",))
+    monkeypatch.setattr(inductor, "force_disable_caches", True)
+    torch._dynamo.reset()
+    with caplog.at_level(logging.WARNING, "repae_core"):
+        weights, _ = after_two_steps(joint_run(images, tmp_path / "a", "compile=true"))
+    assert sum("torch.compile failed" in record.message for record in caplog.records) == 1
+    plain, _ = after_two_steps(joint_run(images, tmp_path / "b"))
+    assert all(torch.equal(value, plain[name]) for name, value in weights.items())
+
+
+@pytest.mark.slow
+def test_compiled_training_gives_nearly_the_same(images, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, "repae_core"):
+        run = joint_run(images, tmp_path / "a", "compile=true")
+        _, metrics = after_two_steps(run)
+    assert "torch.compile failed" not in caplog.text
+    assert run.state.sit.module.blocks[0]._compiled_call_impl is not None
+    assert run.state.ema.blocks[0]._compiled_call_impl is None
+    _, plain = after_two_steps(joint_run(images, tmp_path / "b"))
+    for ours, theirs in zip(metrics, plain, strict=True):
+        for name, value in theirs.items():
+            torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_other_rounding_is_refused_by_name(images, tmp_path):
+    def quiet(run):
+        return run.run(report=lambda progress: None, guard=lambda: None, record={})
+
+    quiet(joint_run(images, tmp_path, "max_steps=2"))
+    with pytest.raises(ValueError, match="gradient_accumulation_steps=1, this run has 2; set it to 1"):
+        quiet(joint_run(images, tmp_path, "gradient_accumulation_steps=2"))
+
+
+def test_a_half_precision_vae_still_has_full_precision_losses(images, tmp_path):
+    """bf16 changes losses by rounding only; losses, weights and optimizer states are fp32."""
+    _, plain = after_two_steps(joint_run(images, tmp_path / "a"))
+    run = joint_run(images, tmp_path / "b", "mixed_precision=bf16", "vae_mixed_precision=bf16")
+    weights, metrics = after_two_steps(run)
+    assert {value.dtype for step in metrics for value in step.values()} == {torch.float32}
+    assert {value.dtype for value in weights.values() if value.is_floating_point()} == {torch.float32}
+    for name in ("recon_loss", "perceptual_loss", "vae_align_loss", "flow_loss", "align_loss"):
+        assert metrics[0][name] == pytest.approx(float(plain[0][name]), rel=0.03, abs=0.01)
+        assert metrics[0][name] != plain[0][name]
+
+
+def test_lpips_with_a_half_precision_trunk(vgg_weights):
+    """Distances in fp32, near those of the whole in fp32; the gradient reaches the image."""
+    a, b = torch.rand(2, 3, 32, 32) * 2 - 1, (torch.rand(2, 3, 32, 32) * 2 - 1).requires_grad_()
+    whole = build_perceptual("lpips-vgg", vgg_weights)(a, b)
+    half = build_perceptual("lpips-vgg", vgg_weights, trunk_dtype=torch.bfloat16)(a, b)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, whole, rtol=0.05, atol=1e-3)
+    half.sum().backward()
+    assert float(b.grad.abs().sum()) > 0
+
+
+@pytest.fixture
+def vgg_weights(tmp_path) -> str:
+    """A file in torchvision's layout, of random but well-scaled weights."""
+    from torchvision.models import vgg16
+
+    torch.manual_seed(0)
+    network = vgg16(weights=None)
+    torch.save({k: v for k, v in network.state_dict().items() if k.startswith("features")}, tmp_path / "vgg.pth")
+    return str(tmp_path / "vgg.pth")
+
+
+def test_the_allocator_is_given_back():
+    """Inside and after it memory works; that it is faster is measured by benchmarks/step.py."""
+    with freed_memory_kept():
+        inside = torch.ones(20_000_000).sum()
+    assert inside == torch.ones(20_000_000).sum()
+
+
+def test_the_vae_average_follows_the_joint_steps(images, tmp_path):
+    """It starts at the VAE that the warm-up leaves, moves a step at a time, and is in the checkpoint."""
+    run = joint_run(images, tmp_path, "vae_ema_decay=0.5")
+    wanted = {}
+    real_step = run.step
+
+    def step(index, item):
+        if index == 2:
+            wanted.update({k: v.clone() for k, v in run.state.vae.module.state_dict().items()})
+        metrics = real_step(index, item)
+        if index >= 2:
+            for k, v in run.state.vae.module.state_dict().items():
+                wanted[k] = wanted[k] + 0.5 * (v - wanted[k])
+        return metrics
+
+    run.step = step
+    run.run(report=lambda progress: None, guard=lambda: None, record={})
+    for name, value in run.state.vae_ema.state_dict().items():
+        torch.testing.assert_close(value, wanted[name])
+    assert run.folder.exists("checkpoints/48/vae_ema.safetensors")
+    again = joint_run(images, tmp_path, "vae_ema_decay=0.5", "max_steps=5")
+    again.run(report=lambda progress: None, guard=lambda: None, record={})
+    without = joint_run(images, tmp_path / "none", "max_steps=2")
+    without.run(report=lambda progress: None, guard=lambda: None, record={})
+    with pytest.raises(ValueError, match="no moving average of the VAE; set vae_ema_decay=0"):
+        joint_run(images, tmp_path / "none", "vae_ema_decay=0.5").run(
+            report=lambda progress: None, guard=lambda: None, record={}
+        )
