@@ -27,8 +27,8 @@ def keep_if_it_compiles(first_pass: Callable[[], None], *networks: nn.Module) ->
     try:
         first_pass()
     except Exception as error:
-        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        logger.warning("torch.compile failed (%s); training goes on without it", cause[:200])
+        told = " ".join(str(error).split("Set TORCH")[0].split())  # what follows is advice to torch's developers
+        logger.warning("torch.compile failed (%s); training goes on without it", told[:300] or type(error).__name__)
         for block in _blocks(*networks):
             block._compiled_call_impl = None
         first_pass()
