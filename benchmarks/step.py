@@ -1,0 +1,163 @@
+"""Milliseconds a training step by phase, peak memory and share of this machine's measured peak; ratios from one run.
+
+    python benchmarks/step.py                                  # SiT-B/2, f8d4, 128 px, batch 4: about 10 minutes
+    python benchmarks/step.py --quick                          # small sizes, under a minute: does it run?
+    python benchmarks/step.py --device cuda --model SiT-XL/2 --resolution 256 --batch 32
+    python benchmarks/step.py --only ldm --steps 20
+
+Each case runs in a process of its own, which measures the peaks before and after its steps; figures are medians.
+Weights are random, of the real sizes. For scale: the published implementation was measured at 19.0 s a joint step (VAE
+and its losses 17.4, SiT 1.3, encoder 0.32, discriminator 0.22, EMA 0.036; 7.8 GB) and 1.70 s a latent-only step on a
+2-core machine with peaks of 145-200 GFLOP/s in fp32 and 360-450 in bf16; compare only on a machine with such peaks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from engine import Case, PhaseFlops, Stepper, measured_peaks, state_bytes, write_weights
+
+PHASES = ("encoder", "vae", "discriminator", "sit", "ema")
+QUICK = {"model": "SiT-S/2", "vae": "{base_channels: 32, norm_groups: 8}", "resolution": 64, "encoder": "dinov2-vit-b"}
+
+
+def cases(base: Case) -> dict[str, Case]:
+    """What is compared, by name."""
+    ldm = dataclasses.replace(base, stage="ldm")
+    every = [
+        base,
+        dataclasses.replace(base, kept_memory=False),
+        dataclasses.replace(base, precision="bf16"),
+        dataclasses.replace(base, recompute=True),
+        ldm,
+        dataclasses.replace(ldm, cached=True),
+        dataclasses.replace(ldm, precision="bf16"),
+        dataclasses.replace(ldm, cached=True, precision="bf16"),
+    ]
+    return {case.name: case for case in every}
+
+
+def measure(case: Case, steps: int) -> dict[str, Any]:
+    """In the case's own process: median seconds of a step and its phases, memory, peaks, operations, losses."""
+    import torch
+
+    from repae_core.training.distributed import open_group
+    from repae_core.training.host_memory import freed_memory_kept
+
+    torch.set_num_threads(case.threads)
+    with freed_memory_kept() if case.kept_memory and case.device == "cpu" else tempfile.TemporaryDirectory():
+        peaks = [measured_peaks(case)]
+        stepper = Stepper(case, open_group(use_gpu=case.device != "cpu"))
+        timer, counting = stepper.state.timer, PhaseFlops()
+        stepper.state.timer = counting  # type: ignore[assignment]
+        metrics = stepper.step()
+        stepper.state.timer = timer
+        stepper.timed_step()
+        timer.take()
+        taken = [(stepper.timed_step(), timer.take()) for _ in range(steps)]
+        memory = _peak_bytes(case)
+        peaks.append(measured_peaks(case))
+    return {
+        "step": statistics.median(seconds for seconds, _ in taken),
+        "phases": {p: statistics.median(t.get(p, 0.0) for _, t in taken) for p in PHASES},
+        "flops": counting.flops,
+        "memory": memory,
+        "state": state_bytes(stepper.state),
+        "peaks": {name: statistics.mean(each[name] for each in peaks) for name in peaks[0]},
+        "losses": {name: float(value) for name, value in metrics.items() if "loss" in name},
+    }
+
+
+def _peak_bytes(case: Case) -> int:
+    if case.device == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    import torch
+
+    return torch.cuda.max_memory_allocated()
+
+
+def show(case: Case, got: dict[str, Any]) -> None:
+    """A line a case."""
+    conv, product = got["peaks"]["convolution"], got["peaks"]["product"]
+    phases = "  ".join(f"{p} {got['phases'][p] * 1000:.0f}" for p in PHASES if got["phases"][p])
+    rate = sum(got["flops"].values()) / got["step"] / 1e9
+    print(f"{case.name:32} {got['step'] * 1000:7.0f} ms   ({phases})   {got['memory'] / 2**30:.2f} GiB, "
+          f"{got['state'] / 2**30:.2f} of it weights and optimizers   {rate:.0f} GFLOP/s of {conv:.0f} (convolution) "
+          f"and {product:.0f} (product)", flush=True)  # fmt: skip
+
+
+def ratios(got: dict[str, dict[str, Any]]) -> list[str]:
+    """The comparisons, as lines."""
+    lines = []
+    if plain := got.get("repae"):
+        vae = plain["flops"]["vae"] / plain["phases"]["vae"] / 1e9 / plain["peaks"]["convolution"]
+        lines.append(f"VAE phase / convolution peak                 {vae:.2f}")
+        half, system, recompute = (got[f"repae {k}"] for k in ("bf16", "system allocator", "recompute"))
+        lines.append(f"joint step, bf16 / fp32                      {half['step'] / plain['step']:.2f}")
+        lines.append(f"joint step, kept / system allocator          {plain['step'] / system['step']:.2f}"
+                     f"   memory {plain['memory'] / system['memory']:.2f}")  # fmt: skip
+        beyond = [each["memory"] - each["state"] for each in (recompute, plain)]
+        lines.append(f"joint step, recomputed / kept activations    {recompute['step'] / plain['step']:.2f}   memory "
+                     f"{beyond[0] / beyond[1]:.2f} (all: {recompute['memory'] / plain['memory']:.2f})")  # fmt: skip
+    if plain := got.get("ldm"):
+        cached, half = got["ldm cached features"], got["ldm bf16"]
+        half_cached = got["ldm bf16 cached features"]
+        lines.append(f"latent-only step, cached / computed features {cached['step'] / plain['step']:.2f}")
+        lines.append(f"latent-only step, bf16 / fp32                {half['step'] / plain['step']:.2f}")
+        lines.append(f"  the same with cached features              {half_cached['step'] / cached['step']:.2f}")
+    return lines
+
+
+def main() -> None:
+    """Run the cases one after the other and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="SiT-B/2")
+    parser.add_argument("--vae", default="f8d4", help="architecture: f8d4, f16d32")
+    parser.add_argument("--resolution", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=5, help="timed steps a case, after two that are not")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--only", choices=("repae", "ldm"))
+    parser.add_argument("--compile", action="store_true", help="every case with torch.compile")
+    parser.add_argument("--quick", action="store_true", help="small sizes")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.case:
+        print(json.dumps(measure(Case(**json.loads(chosen.case)), chosen.steps)))
+        return
+    sizes = {
+        name: getattr(chosen, name) for name in ("model", "vae", "resolution", "batch", "threads", "device", "compile")
+    }
+    got = {}
+    with tempfile.TemporaryDirectory(prefix="repae-bench-") as scratch:
+        base = Case(**(sizes | (QUICK if chosen.quick else {})), weights=scratch)
+        write_weights(Path(scratch), base.encoder)
+        print(
+            f"{base.model}, {base.vae}, {base.resolution} px, batch {base.batch}, {base.threads} threads, {base.device}"
+        )
+        for case in cases(base).values():
+            if chosen.only in (None, case.stage):
+                command = [sys.executable, __file__, "--steps", str(chosen.steps), "--case",
+                           json.dumps(dataclasses.asdict(case))]  # fmt: skip
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+                got[case.name.replace(" compile", "")] = result = json.loads(done.stdout.splitlines()[-1])
+                show(case, result)
+    print("\n".join(["", *ratios(got)]))
+    if "repae" in got:
+        print("losses of the first step, fp32 and bf16:")
+        for name, value in got["repae"]["losses"].items():
+            print(f"  {name:16} {value:9.5f} {got['repae bf16']['losses'][name]:9.5f}")
+
+
+if __name__ == "__main__":
+    main()
