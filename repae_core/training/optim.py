@@ -41,7 +41,7 @@ class Network(Generic[M]):
             betas=betas,
             eps=epsilon,
             weight_decay=weight_decay,
-            foreach=True,
+            fused=True,
         )
         device = next(module.parameters()).device
         self.scaler = torch.amp.GradScaler(device.type, enabled=grad_scale)
