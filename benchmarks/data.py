@@ -10,6 +10,7 @@ Rounds of ours and of the plain loop alternate in one run; a ratio is of the med
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import multiprocessing
 import os
@@ -196,44 +197,39 @@ def measure(part: str, photos: str, store: str) -> None:
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
-def on_s3(photos: Path, folder: Path, processes: int, count: int) -> None:
+def on_s3(photos: Path, folder: Path, bucket: str, processes: int, count: int) -> None:
     """The same work in a local S3 server on the same cores, and bytes moved over bytes used."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-    from s3_server import BUCKET, s3_server
-
     from repae_core.artifacts import Store
     from repae_core.data import DataOrder, ImageShards, Selection, ShardCache, load_batches
 
-    with s3_server(folder / "s3") as variables:
-        os.environ.update(variables)
-        seconds, made = preprocess(photos, f"s3://{BUCKET}/bench", processes)
-        print(f"\nS3 on the same cores\n{'preprocess':44} {count / seconds:9.1f} images/s")
-        moved = {"read": 0}
-        ranges, download = Store.read_ranges, Store.download
+    seconds, made = preprocess(photos, f"s3://{bucket}/bench", processes)
+    print(f"\nS3 on the same cores\n{'preprocess':44} {count / seconds:9.1f} images/s")
+    moved = {"read": 0}
+    ranges, download = Store.read_ranges, Store.download
 
-        def counted_ranges(self: Store, *where: list) -> list[bytes]:
-            blobs = ranges(self, *where)
-            moved["read"] += sum(map(len, blobs))
-            return blobs
+    def counted_ranges(self: Store, *where: list) -> list[bytes]:
+        blobs = ranges(self, *where)
+        moved["read"] += sum(map(len, blobs))
+        return blobs
 
-        def counted_download(self: Store, key: str, target: str) -> None:
-            download(self, key, target)
-            moved["read"] += os.path.getsize(target)
+    def counted_download(self: Store, key: str, target: str) -> None:
+        download(self, key, target)
+        moved["read"] += os.path.getsize(target)
 
-        Store.read_ranges, Store.download = counted_ranges, counted_download  # type: ignore[method-assign]
-        shards = sum(shard["tar"]["bytes"] for shard in made.read_json("index.json")["shards"])  # type: ignore[attr-defined]
-        for name, cache, window in (("byte ranges", 0, 0), ("cache of all shards", 2.0, 0),
-                                    ("cache of a third, windows of 2 shards", 0.34, 2)):  # fmt: skip
-            kept = ShardCache(folder / f"cache-{cache}", int(cache * shards)) if cache else None
-            images = ImageShards(made, shard_cache=kept)  # type: ignore[arg-type]
-            order = DataOrder(len(images), 0, images.shard_starts, window)
-            moved["read"], before = 0, time.perf_counter()
-            batches = order.batches(start=0, stop=2 * len(images), batch_size=50)
-            for _ in load_batches(images.images, map(Selection, batches)):
-                pass
-            rate = 2 * len(images) / (time.perf_counter() - before)
-            print(f"{'loader, two epochs: ' + name:44} {rate:9.1f} images/s, read {moved['read'] / shards / 2:.2f}"
-                  " bytes a byte of the shards and epoch", flush=True)  # fmt: skip
+    Store.read_ranges, Store.download = counted_ranges, counted_download  # type: ignore[method-assign]
+    shards = sum(shard["tar"]["bytes"] for shard in made.read_json("index.json")["shards"])  # type: ignore[attr-defined]
+    for name, cache, window in (("byte ranges", 0, 0), ("cache of all shards", 2.0, 0),
+                                ("cache of a third, windows of 2 shards", 0.34, 2)):  # fmt: skip
+        kept = ShardCache(folder / f"cache-{cache}", int(cache * shards)) if cache else None
+        images = ImageShards(made, shard_cache=kept)  # type: ignore[arg-type]
+        order = DataOrder(len(images), 0, images.shard_starts, window)
+        moved["read"], before = 0, time.perf_counter()
+        batches = order.batches(start=0, stop=2 * len(images), batch_size=50)
+        for _ in load_batches(images.images, map(Selection, batches)):
+            pass
+        rate = 2 * len(images) / (time.perf_counter() - before)
+        print(f"{'loader, two epochs: ' + name:44} {rate:9.1f} images/s, read {moved['read'] / shards / 2:.2f}"
+              " bytes a byte of the shards and epoch", flush=True)  # fmt: skip
 
 
 def main() -> None:
@@ -249,8 +245,13 @@ def main() -> None:
         measure(*options.measure)
         return
     parts = options.only or PARTS
-    with tempfile.TemporaryDirectory(prefix="repae-bench-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="repae-bench-") as scratch, contextlib.ExitStack() as servers:
         folder = Path(scratch)
+        if "s3" in parts:  # first: the pools' processes are forked from one that keeps the environment of its start
+            sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+            from s3_server import BUCKET, s3_server
+
+            os.environ.update(servers.enter_context(s3_server(folder / "s3")))
         if {"preprocess", "loader", "latents", "s3"} & set(parts):
             photos = write_photos(folder / "photos", options.images)
             _, made = preprocess(photos, str(folder / "store"), options.processes)
@@ -269,7 +270,7 @@ def main() -> None:
         if "memory" in parts:
             memory(folder)
         if "s3" in parts:
-            on_s3(photos, folder, options.processes, options.images)
+            on_s3(photos, folder, BUCKET, options.processes, options.images)
 
 
 if __name__ == "__main__":
