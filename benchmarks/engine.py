@@ -98,6 +98,7 @@ class Stepper:
     case: Case
     group: Group
     state: LDMState = field(init=False)
+    frozen_bytes: int = field(init=False, default=0)  # of encoders and the perceptual network
     step: Callable[[], dict[str, torch.Tensor]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -112,6 +113,9 @@ class Stepper:
         objective = joint_objective(section, config.compat, device)
         encoders = Encoders(section, grid=config.token_grid("train_repae"), device=device)
         pixels, labels = self._inputs()
+        self.frozen_bytes = sum(
+            p.nbytes for m in (*encoders.modules, objective.perceptual) if m for p in m.parameters()
+        )
 
         def step() -> dict[str, torch.Tensor]:
             with state.timer("encoder"):
@@ -129,6 +133,7 @@ class Stepper:
         state, objective = new_ldm_state(section, self.group, sit), flow_objective(section)
         encoders = Encoders(section, grid=config.token_grid("train_ldm"), device=device)
         pixels, labels = self._inputs()
+        self.frozen_bytes = sum(p.nbytes for m in encoders.modules for p in m.parameters())
         z = torch.randn(len(labels), channels, side, side, device=device)
         cached = encoders(pixels) if self.case.cached else None
 

@@ -24,6 +24,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import psutil
 from engine import Case, PhaseFlops, Stepper, measured_peaks, state_bytes, write_weights
 
 PHASES = ("encoder", "vae", "discriminator", "sit", "ema")
@@ -55,6 +56,7 @@ def measure(case: Case, steps: int) -> dict[str, Any]:
 
     torch.set_num_threads(case.threads)
     with freed_memory_kept() if case.kept_memory and case.device == "cpu" else tempfile.TemporaryDirectory():
+        before = _resident_bytes(case)
         peaks = [measured_peaks(case)]
         stepper = Stepper(case, open_group(use_gpu=case.device != "cpu"))
         timer, counting = stepper.state.timer, PhaseFlops()
@@ -71,10 +73,14 @@ def measure(case: Case, steps: int) -> dict[str, Any]:
         "phases": {p: statistics.median(t.get(p, 0.0) for _, t in taken) for p in PHASES},
         "flops": counting.flops,
         "memory": memory,
-        "state": state_bytes(stepper.state),
+        "activations": memory - before - state_bytes(stepper.state) - stepper.frozen_bytes,
         "peaks": {name: statistics.mean(each[name] for each in peaks) for name in peaks[0]},
         "losses": {name: float(value) for name, value in metrics.items() if "loss" in name},
     }
+
+
+def _resident_bytes(case: Case) -> int:
+    return psutil.Process().memory_info().rss if case.device == "cpu" else 0
 
 
 def _peak_bytes(case: Case) -> int:
@@ -87,12 +93,13 @@ def _peak_bytes(case: Case) -> int:
 
 def show(case: Case, got: dict[str, Any]) -> None:
     """A line a case."""
-    conv, product = got["peaks"]["convolution"], got["peaks"]["product"]
+    peaks = got["peaks"]
     phases = "  ".join(f"{p} {got['phases'][p] * 1000:.0f}" for p in PHASES if got["phases"][p])
     rate = sum(got["flops"].values()) / got["step"] / 1e9
-    print(f"{case.name:32} {got['step'] * 1000:7.0f} ms   ({phases})   {got['memory'] / 2**30:.2f} GiB, "
-          f"{got['state'] / 2**30:.2f} of it weights and optimizers   {rate:.0f} GFLOP/s of {conv:.0f} (convolution) "
-          f"and {product:.0f} (product)", flush=True)  # fmt: skip
+    print(f"{case.name:28} {got['step'] * 1000:6.0f} ms ({phases})", flush=True)
+    print(f"{'':28} {got['memory'] / 2**30:.2f} GiB, {got['activations'] / 2**30:.2f} of it neither weights nor optimizers; "
+          f"{rate:.0f} GFLOP/s of {peaks['convolution']:.0f} (convolution), {peaks['product']:.0f} (product)",
+          flush=True)  # fmt: skip
 
 
 def ratios(got: dict[str, dict[str, Any]]) -> list[str]:
@@ -102,12 +109,16 @@ def ratios(got: dict[str, dict[str, Any]]) -> list[str]:
         vae = plain["flops"]["vae"] / plain["phases"]["vae"] / 1e9 / plain["peaks"]["convolution"]
         lines.append(f"VAE phase / convolution peak                 {vae:.2f}")
         half, system, recompute = (got[f"repae {k}"] for k in ("bf16", "system allocator", "recompute"))
-        lines.append(f"joint step, bf16 / fp32                      {half['step'] / plain['step']:.2f}")
-        lines.append(f"joint step, kept / system allocator          {plain['step'] / system['step']:.2f}"
-                     f"   memory {plain['memory'] / system['memory']:.2f}")  # fmt: skip
-        beyond = [each["memory"] - each["state"] for each in (recompute, plain)]
-        lines.append(f"joint step, recomputed / kept activations    {recompute['step'] / plain['step']:.2f}   memory "
-                     f"{beyond[0] / beyond[1]:.2f} (all: {recompute['memory'] / plain['memory']:.2f})")  # fmt: skip
+        of_peaks = plain["peaks"]["convolution"] / half["peaks"]["convolution"]
+        lines += [
+            f"joint step, bf16 / fp32                      {half['step'] / plain['step']:.2f}   "
+            f"(the machine's convolution peaks: {of_peaks:.2f})",
+            f"joint step, kept / system allocator          {plain['step'] / system['step']:.2f}   "
+            f"memory {plain['memory'] / system['memory']:.2f}",
+            f"joint step, recomputed / kept activations    {recompute['step'] / plain['step']:.2f}   "
+            f"memory {recompute['activations'] / plain['activations']:.2f}, with weights and optimizers "
+            f"{recompute['memory'] / plain['memory']:.2f}",
+        ]
     if plain := got.get("ldm"):
         cached, half = got["ldm cached features"], got["ldm bf16"]
         half_cached = got["ldm bf16 cached features"]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from repae_core.config.architectures import parse_sit_name
+from repae_core.models.attention import attend
 from repae_core.models.embeddings import LabelEmbedder, PatchEmbedding, TimestepEmbedder, sincos_position_table
 from repae_core.models.latent_norm import LatentNorm
 from repae_core.models.projector import build_projector
@@ -31,7 +32,7 @@ class Attention(nn.Module):
         """x [B,T,D] -> [B,T,D]."""
         b, t, d = x.shape
         q, k, v = self.qkv(x).reshape(b, t, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # [B,heads,T,d]
-        out = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
+        out = attend(self.q_norm(q), self.k_norm(k), v)
         return self.proj(out.transpose(1, 2).reshape(b, t, d))
 
 

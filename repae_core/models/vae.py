@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from repae_core.config.architectures import VAE_ARCHITECTURES
+from repae_core.models.attention import attend
 from repae_core.models.gaussian import DiagonalGaussian
 from repae_core.models.precision import at_least_fp32
 from repae_core.models.recompute import RecomputableBlock
@@ -49,7 +50,7 @@ class SpatialAttention(RecomputableBlock):
         b, c, h, w = x.shape
         normed = self.norm(x)
         q, k, v = (layer(normed).flatten(2).transpose(1, 2)[:, None] for layer in (self.q, self.k, self.v))
-        out = F.scaled_dot_product_attention(q, k, v)[:, 0]  # [B,HW,C]
+        out = attend(q, k, v)[:, 0]  # [B,HW,C]
         return x + self.proj_out(out.transpose(1, 2).reshape(b, c, h, w))
 
 

@@ -192,6 +192,7 @@ def joint_objective(config: TrainRepaeConfig, compat: CompatConfig, device: torc
             double_scale=compat.lpips_double_scale,
             trunk_dtype=autocast_dtype(device, config.vae_mixed_precision),
         ).to(device)
+        perceptual = perceptual.to(memory_format=torch.channels_last)
     return JointObjective(
         **flow_settings(config),
         perceptual=perceptual,

@@ -225,7 +225,7 @@ def vae_warmup_step(
 def signed_images(batch: Batch, state: LDMState) -> Tensor:
     """The batch's images as the VAE sees them: [B,3,H,W] in [-1,1]."""
     assert batch.images is not None
-    return batch.images.to(state.dtype) / 127.5 - 1
+    return batch.images.to(state.dtype, memory_format=torch.channels_last) / 127.5 - 1
 
 
 def autoencoder_loss(
