@@ -97,7 +97,7 @@ def show(case: Case, got: dict[str, Any]) -> None:
     phases = "  ".join(f"{p} {got['phases'][p] * 1000:.0f}" for p in PHASES if got["phases"][p])
     rate = sum(got["flops"].values()) / got["step"] / 1e9
     print(f"{case.name:28} {got['step'] * 1000:6.0f} ms ({phases})", flush=True)
-    print(f"{'':28} {got['memory'] / 2**30:.2f} GiB, {got['activations'] / 2**30:.2f} of it neither weights nor optimizers; "
+    print(f"{'':28} {got['memory'] / 2**30:.2f} GiB, {got['activations'] / 2**30:.2f} neither weights nor optimizers; "
           f"{rate:.0f} GFLOP/s of {peaks['convolution']:.0f} (convolution), {peaks['product']:.0f} (product)",
           flush=True)  # fmt: skip
 
