@@ -1,4 +1,4 @@
-"""One worker function on Ray Train: the only file that imports Ray.
+"""One worker function on Ray Train; beside this file only `ray_side_task` imports Ray.
 
 A pipeline run has one `RaySession`, opened on first use. Workers report through a mailbox actor that the
 driver reads while it waits, so that only the driver talks to MLflow, Prefect and the terminal.
@@ -156,9 +156,9 @@ def launch(
             now = position()
             failures, reached = (failures if now == reached else 0) + 1, now
             if failures >= max_failures:
-                raise WorkersFailedError(_root_cause(error)) from error
+                raise WorkersFailedError(root_cause(error)) from error
             logger.warning("the workers failed (%s); starting again, failure %d of %d without a new checkpoint",
-                           _root_cause(error), failures, max_failures)  # fmt: skip
+                           root_cause(error), failures, max_failures)  # fmt: skip
             session.recover()
         except BaseException:
             session.close()
@@ -269,7 +269,7 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _root_cause(error: BaseException) -> str:
+def root_cause(error: BaseException) -> str:
     """The line that says what went wrong in the first failed worker."""
     failures = getattr(error, "worker_failures", None)
     if failures:

@@ -208,6 +208,13 @@ class StageRun:
         for name, value in scores.items():
             self._client.log_metric(self.run_id, name, value)
 
+    def log_scores_at(self, scores: Mapping[str, float], images_seen: int) -> None:
+        """Values of a checkpoint, against images seen; they may come later than the metrics of that position."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        self._client.log_batch(self.run_id, metrics=[Metric(k, v, now, images_seen) for k, v in scores.items()])
+
     def log_table(self, rows: Sequence[Mapping[str, Any]], name: str) -> None:
         """Rows of equal keys as `{name}.json`, which MLflow shows and compares between runs."""
         columns = {key: [row[key] for row in rows] for key in rows[0]}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import os
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from typing import Any
 from repae_core.artifacts import Artifact
 from repae_core.artifacts.checkpoints import committed_checkpoints
 from repae_core.config import TrainingConfig
+from tasks.checkpoint_scores import CheckpointScores, checkpoint_scores
 from tasks.ray_launch import launch
 from tasks.stage import StageContext
 from tasks.training_worker import artifact_reference, train_worker
@@ -36,7 +36,13 @@ def run_training(context: StageContext) -> dict[str, Any]:
         "threads": kept_threads(artifact, section),
         "workers": section.workers,
     }
-    with training_slot():
+    with training_slot(), scores_beside(context) as scores:
+
+        def on_report(message: dict[str, Any]) -> None:
+            relay(context, message)
+            if scores is not None:
+                scores.look()
+
         return launch(
             train_worker,
             payload,
@@ -45,9 +51,22 @@ def run_training(context: StageContext) -> dict[str, Any]:
             cpus_per_worker=section.cpus_per_worker,
             gpus_per_worker=section.gpus_per_worker,
             max_failures=section.max_failures,
-            on_report=functools.partial(relay, context),
+            on_report=on_report,
             position=lambda: committed_checkpoints(artifact)[-1:],
         )
+
+
+@contextlib.contextmanager
+def scores_beside(context: StageContext) -> Iterator[CheckpointScores | None]:
+    """The scores that `score_every` asks for, while the training runs inside."""
+    scores = checkpoint_scores(context)
+    try:
+        yield scores
+        if scores is not None:
+            scores.finish()
+    finally:
+        if scores is not None:
+            scores.close()
 
 
 @contextlib.contextmanager

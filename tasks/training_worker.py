@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import logging
+import os
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -68,6 +69,27 @@ def _train(payload: dict[str, Any], report: Report) -> dict[str, Any]:
         lines = "".join(f"{json.dumps(row)}\n" for row in history)
         folder.write_bytes("metrics.jsonl", lines.encode())
     return {"images_seen": section.total_steps * section.batch_size, "last": history[-1] if history else {}}
+
+
+def score_worker(payload: dict[str, Any]) -> dict[str, Any]:
+    """Score one checkpoint while its training goes on, in a Ray process of its own, of low priority."""
+    import torch
+
+    from repae_core.config import PipelineConfig
+    from repae_core.stages.checkpoint_scores import score_checkpoint
+
+    os.nice(10)
+    os.chdir(payload["folder"])
+    with torch_threads(payload["threads"]):
+        return score_checkpoint(
+            PipelineConfig.model_validate(payload["config"]),
+            open_artifact(payload["training"]),
+            payload["images_seen"],
+            images=open_artifact(payload["images"]),
+            vae=open_artifact(payload["vae"]) if payload["vae"] else None,
+            count=payload["count"],
+            device=torch.device("cuda" if payload["gpu"] else "cpu"),
+        )
 
 
 @contextlib.contextmanager

@@ -151,6 +151,11 @@ class TrainingConfig(Config):
     checkpoint_queue: int = execution(2, "Checkpoints that may wait in local scratch while the store is away", ge=1)
     log_every: int = execution(100, "Steps between logged metrics", ge=1)
     preview_every: int = execution(10_000, "Steps between sample and reconstruction grids; 0 = none", ge=0)
+    score_every: int = execution(
+        0, "Steps between scores of a few samples while training goes on, on CPUs or a GPU that it leaves free in Ray; "
+        "a multiple of checkpoint_every; 0 = none", ge=0
+    )  # fmt: skip
+    score_images: int = execution(256, "Samples of such a score", ge=2)
     max_failures: int = execution(
         3, "Failures of the workers without a new checkpoint in between that end the stage", ge=1
     )
@@ -182,6 +187,12 @@ class TrainingConfig(Config):
         local, parts = self.batch_size // max(self.workers, 1), self.gradient_accumulation_steps
         if local % parts:
             raise ValueError(f"a worker's {local} images are not divisible by gradient_accumulation_steps={parts}")
+        if self.score_every and not self.workers:
+            raise ValueError("score_every needs Ray, which has room beside the training: set workers to 1 or more")
+        if self.score_every % self.checkpoint_every:
+            raise ValueError(
+                f"score_every={self.score_every} is no multiple of checkpoint_every={self.checkpoint_every}"
+            )
         if self.encoder_weights and len(self.encoder_weights) != len(self.encoder):
             raise ValueError("encoder_weights must name one file for each encoder")
         depth = parse_sit_name(self.model)[0].depth

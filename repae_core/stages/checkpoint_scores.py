@@ -1,0 +1,90 @@
+"""Scores of a checkpoint while its training goes on: a few samples against the preprocessed images."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from safetensors.torch import load as load_safetensors
+from torch import Tensor
+
+from repae_core.artifact_models import load_sit, load_vae
+from repae_core.artifacts import Artifact
+from repae_core.artifacts.checkpoints import FOLDER
+from repae_core.config import PipelineConfig
+from repae_core.data import ImageShards, batch_indices
+from repae_core.evaluation import (
+    FeatureExtractor,
+    Reference,
+    build_extractor,
+    reference_from_features,
+    save_reference,
+    saved_reference,
+    score_samples,
+)
+from repae_core.generation import Generator, SamplerSettings, sample_labels
+from repae_core.models import KLVAE, build_vae
+
+REFERENCE_IMAGES = 10_000  # at most so many real images, the same in every score of a run
+
+
+@torch.no_grad()
+def score_checkpoint(
+    config: PipelineConfig,
+    training: Artifact,
+    images_seen: int,
+    *,
+    images: Artifact,
+    vae: Artifact | None,
+    count: int,
+    device: torch.device,
+) -> dict[str, float]:
+    """Samples of the moving average, with `generate`'s sampler settings, scored in `evaluate`'s features.
+
+    vae: the frozen one of latent-only training; None: the checkpoint's own. A joint SiT takes its running latent
+    statistics here (`extract-vae` measures them), so the last score and `evaluate`'s differ a little, by count too.
+
+    Raises:
+        ValueError: weights of the extractor are missing or do not fit.
+    """
+    section, chosen = config.evaluate, config.generate
+    extractor = build_extractor(section.extractor, section.extractor_weights or None).to(device)
+    reference = _reference(ImageShards(images), extractor, seed=config.seed, batch_size=section.batch_size)
+    sit, record = load_sit(training, str(images_seen))
+    settings = SamplerSettings(
+        chosen.sampler, chosen.sampler_steps, chosen.guidance, chosen.guidance_interval, path=record["path"]
+    )
+    decoder = load_vae(vae) if vae is not None else _vae_of_checkpoint(training, images_seen, record["vae"])
+    generator = Generator(sit, decoder, settings).to(device)
+    labels = torch.from_numpy(sample_labels("equal", count, sit.num_classes, config.seed))
+
+    def samples() -> Iterator[Tensor]:
+        for start in range(0, count, chosen.batch_size):
+            yield generator.sample(labels[start : start + chosen.batch_size], seed=config.seed, first=start)
+
+    return score_samples(extractor(samples()), reference, extractor.distance_name, neighbours=section.neighbours)
+
+
+def _vae_of_checkpoint(training: Artifact, images_seen: int, spec: dict[str, object]) -> KLVAE:
+    vae = build_vae(spec)
+    vae.load_state_dict(load_safetensors(training.read_bytes(f"{FOLDER}/{images_seen}/vae.safetensors")))
+    return vae.eval()
+
+
+def _reference(images: ImageShards, extractor: FeatureExtractor, *, seed: int, batch_size: int) -> Reference:
+    """Of up to `REFERENCE_IMAGES` preprocessed images; computed once a store."""
+    count = min(REFERENCE_IMAGES, len(images))
+    chosen = np.sort(batch_indices(len(images), seed=seed, images_seen=0, batch_size=count))
+    shards = [shard["tar"]["sha256"] for shard in images.index["shards"]]
+    named = ["checkpoint scores", extractor.name, extractor.weights_sha256, shards, seed, count]
+    key = hashlib.sha256(json.dumps(named).encode()).hexdigest()[:32]
+    description = f"{count:,} preprocessed images"
+    found = saved_reference(images.artifact.store, key, description=description, sha256=key)
+    if found is None:
+        parts = (images.images(chosen[start : start + batch_size]) for start in range(0, count, batch_size))
+        found = reference_from_features(extractor(parts).features, description)
+        save_reference(images.artifact.store, key, found)
+    return found

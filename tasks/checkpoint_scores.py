@@ -1,0 +1,115 @@
+"""Scores of checkpoints beside a training that goes on (`score_every`), as points of MLflow's curves."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+from repae_core.artifacts import Artifact
+from repae_core.artifacts.checkpoints import committed_checkpoints
+from repae_core.config import TrainingConfig
+from tasks.ray_side_task import SideTask, start_beside
+from tasks.stage import StageContext
+from tasks.training_worker import artifact_reference, score_worker
+
+logger = logging.getLogger("repae")
+
+_LAST_SECONDS = 600.0  # the score of the last checkpoint is waited for
+
+
+class CheckpointScores:
+    """Starts a score whenever its checkpoint is there and there is room; never fails, never holds the training up.
+
+    Room is what `cpus_per_worker` and `gpus_per_worker` ask for once more. What failed or found no room is a warning.
+    """
+
+    def __init__(self, context: StageContext, images: Artifact) -> None:
+        section = context.section
+        assert isinstance(section, TrainingConfig)
+        self._context, self._section, self._images = context, section, images
+        self._every = section.score_every * section.batch_size  # images
+        self._running: tuple[int, SideTask] | None = None
+        self._started = self._newest_due()  # scored before this attempt
+
+    def look(self) -> None:
+        """Take a finished score, start the one that is due."""
+        if self._running is not None and self._running[1].done():
+            self._take()
+        due = self._newest_due()
+        if self._running is not None or due <= self._started:
+            return
+        self._started = due
+        task = start_beside(
+            score_worker, self._payload(due), cpus=self._section.cpus_per_worker, gpus=self._section.gpus_per_worker
+        )
+        if task is None:
+            logger.warning("no score of checkpoint %d: Ray has no CPUs or GPUs that the training leaves free", due)
+        else:
+            self._running = due, task
+
+    def finish(self) -> None:
+        """After the training: the last checkpoint's score, where there is room."""
+        for _ in range(2):  # the one that runs, and the last
+            self.look()
+            if self._running is not None and self._running[1].done(_LAST_SECONDS):
+                self._take()
+
+    def close(self) -> None:
+        """End what still runs."""
+        if self._running is not None:
+            self._running[1].cancel()
+
+    def _take(self) -> None:
+        assert self._running is not None
+        (images_seen, task), self._running = self._running, None
+        try:
+            scores = task.result()
+        except RuntimeError as error:
+            logger.warning("no score of checkpoint %d: %s", images_seen, error)
+            return
+        self._context.artifact.write_json(_file(images_seen), scores)
+        self._context.tracking.log_scores_at({f"score/{name}": value for name, value in scores.items()}, images_seen)
+        logger.info("checkpoint %d, %d samples: %s", images_seen, self._section.score_images,
+                    ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))  # fmt: skip
+
+    def _newest_due(self) -> int:
+        due = [seen for seen in committed_checkpoints(self._context.artifact) if seen % self._every == 0]
+        return max(due, default=0)
+
+    def _payload(self, images_seen: int) -> dict[str, Any]:
+        context = self._context
+        vae = context.inputs.get("vae")
+        return {
+            "config": context.config.model_dump(mode="json"),
+            "training": artifact_reference(context.artifact),
+            "images": artifact_reference(self._images),
+            "vae": artifact_reference(vae) if vae is not None else None,
+            "images_seen": images_seen,
+            "count": self._section.score_images,
+            "threads": self._section.cpus_per_worker,
+            "gpu": self._section.gpus_per_worker > 0,
+            "folder": os.getcwd(),
+        }
+
+
+def checkpoint_scores(context: StageContext) -> CheckpointScores | None:
+    """The scores that the section asks for; None for none."""
+    section = context.section
+    assert isinstance(section, TrainingConfig)
+    if not section.score_every:
+        return None
+    images = context.inputs.get("images")
+    if images is None:  # features were cached: the latents' manifest names the images
+        manifest = context.inputs["latents"].manifest()
+        assert manifest is not None
+        entry = manifest.inputs["images"]
+        images = Artifact(context.inputs["latents"].store, entry.stage, entry.fingerprint)
+        if not images.is_whole():
+            logger.warning("no scores: the preprocessed images %s are not in the store", images.uri)
+            return None
+    return CheckpointScores(context, images)
+
+
+def _file(images_seen: int) -> str:
+    return f"logs/scores-{images_seen:09d}.json"

@@ -1,0 +1,58 @@
+"""Work in an open Ray session beside the training: on what it leaves free, and waited for by nobody."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, cast
+
+from tasks.ray_launch import root_cause
+
+
+class SideTask:
+    """Work in the cluster that nothing waits for; at the end of the session it is gone."""
+
+    def __init__(self, reference: Any) -> None:
+        self._reference = reference
+
+    def done(self, seconds: float = 0.0) -> bool:
+        """Whether it has ended, well or not; waits up to so many seconds."""
+        import ray
+
+        try:
+            return bool(ray.wait([self._reference], timeout=seconds)[0])
+        except Exception:  # its cluster was made anew
+            return True
+
+    def result(self) -> dict[str, Any]:
+        """What it returned.
+
+        Raises:
+            RuntimeError: it failed; the first line of the cause.
+        """
+        import ray
+
+        try:
+            return cast(dict[str, Any], ray.get(self._reference, timeout=10))
+        except Exception as error:
+            raise RuntimeError(root_cause(error)) from error
+
+    def cancel(self) -> None:
+        """End it."""
+        import ray
+
+        with contextlib.suppress(Exception):
+            ray.cancel(self._reference, force=True)
+
+
+def start_beside(
+    work: Callable[[dict[str, Any]], dict[str, Any]], payload: dict[str, Any], *, cpus: int, gpus: int = 0
+) -> SideTask | None:
+    """Run `work` on CPUs and GPUs of the open session that nobody has reserved; None where there are not so many."""
+    import ray
+
+    free = ray.available_resources() if ray.is_initialized() else {}
+    if free.get("CPU", 0) < cpus or free.get("GPU", 0) < gpus:
+        return None
+    remote: Any = cast(Any, ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0))(work)
+    return SideTask(remote.remote(payload))

@@ -1,0 +1,68 @@
+"""Scores of checkpoints while a training goes on: in MLflow and the logs, and without any effect on the training."""
+
+import json
+import logging
+import sqlite3
+
+import pytest
+import tiny
+
+from repae_core.artifacts import Artifact, Store
+from repae_core.config import load_config
+
+ONE = ("train_repae.workers=1", "train_repae.cpus_per_worker=1", "train_ldm.workers=1", "train_ldm.cpus_per_worker=1",
+       "train_repae.max_steps=6", "train_ldm.max_steps=8")  # fmt: skip
+SCORED = (*ONE, "train_repae.score_every=4", "train_repae.score_images=12", "train_ldm.score_every=8",
+          "train_ldm.score_images=12")  # fmt: skip
+
+
+def trained(record, stage) -> Artifact:
+    return Artifact(Store(record.config["store"]), stage, record.stages[stage].fingerprint)
+
+
+def points(home, name) -> list[tuple[int, float]]:
+    with sqlite3.connect(home / "mlflow.db") as database:
+        rows = database.execute("select step, value from metrics where key = ? order by step, value", (name,))
+        return rows.fetchall()
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return tiny.write_images(tmp_path_factory.mktemp("images") / "digits")
+
+
+def test_scores_of_both_trainings(images, tmp_path, home):
+    """The last checkpoint always has its score; the weights are those of a run without."""
+    plain = tiny.run_pipeline(tiny.config(images, tmp_path / "plain", *ONE))
+    scored = tiny.run_pipeline(tiny.config(images, tmp_path / "scored", *SCORED))
+    for stage, last in (("train-repae", 64), ("train-ldm", 64)):
+        artifact = trained(scored, stage)
+        assert tiny.contents(artifact) == tiny.contents(trained(plain, stage))
+        scores = json.loads(artifact.read_bytes(f"logs/scores-{last:09d}.json"))
+        assert scores["fd_digits"] > 0
+        assert scores.keys() >= {"fd_digits", "kid", "precision", "recall"}
+    found = points(home, "score/fd_digits")
+    assert (64, scores["fd_digits"]) in found
+    assert {step for step, _ in found} <= {32, 64}
+
+
+def test_what_goes_wrong_is_a_warning(images, tmp_path, home, caplog):
+    """A feature network that cannot be loaded, and no room: the training ends as ever."""
+    missing = [*SCORED, "evaluate.extractor=inception", f"evaluate.extractor_weights={images}/zero/000.png"]
+    settings = tiny.config(images, tmp_path / "a", *missing)
+    with caplog.at_level(logging.WARNING, "repae"):
+        with pytest.raises(ValueError, match=r"000\.png"):  # evaluate itself, at the end
+            tiny.run_pipeline(settings)
+        tiny.run_pipeline(tiny.config(images, tmp_path / "b", *SCORED, "train_repae.cpus_per_worker=64"))
+    told = [record.message for record in caplog.records if record.message.startswith("no score of checkpoint")]
+    assert any("000.png" in message for message in told)
+    assert any("no CPUs or GPUs that the training leaves free" in message for message in told)
+
+
+@pytest.mark.parametrize(("sets", "message"), [
+    (["train_repae.workers=0", "train_repae.score_every=4"], "score_every needs Ray"),
+    (["train_ldm.score_every=5", "train_ldm.checkpoint_every=2", "train_ldm.workers=1"], "score_every=5 is no mult"),
+])  # fmt: skip
+def test_settings_that_do_not_fit(sets, message):
+    with pytest.raises(ValueError, match=message):
+        load_config("quickstart", sets)
