@@ -22,7 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from repae_core.losses.perceptual import HalfPrecisionTrunk
 from repae_core.models.batch_norm import GlobalBatchNorm2d
+from repae_core.models.recompute import RecomputableBlock
 from repae_core.training.distributed import Group
 from repae_core.training.draws import Draws
 from repae_core.training.optim import Network
@@ -77,6 +79,7 @@ class ThroughputMeter:
             values["model_tflops"] = rate / 1e12
         if self._peak:
             values["peak_tflops"] = self._peak / 1e12
+        if rate and self._peak:
             values["share_of_peak"] = rate / self._peak
         return values
 
@@ -139,15 +142,20 @@ def image_flops(
 def stand_in(module: nn.Module) -> Any:
     """A copy of a network on the meta device: shapes without values, so it costs no memory.
 
-    Batch norms over all workers are left out (they would wait for the others, and normalising counts nothing).
+    Batch norms over all workers are left out (they would wait for the others, and normalising counts nothing), and
+    nothing is computed twice.
     """
     tensors: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in module.parameters()}
     tensors |= {id(b): b.to("meta") for b in module.buffers()}
     twin = copy.deepcopy(module, tensors)
     for parent in list(twin.modules()):
+        if isinstance(parent, RecomputableBlock):
+            parent.recompute = False
         for name, child in list(parent.named_children()):
             if isinstance(child, GlobalBatchNorm2d):
                 setattr(parent, name, nn.Identity())
+            elif isinstance(child, HalfPrecisionTrunk):  # there is no autocast on the meta device
+                setattr(parent, name, child.trunk)
     return twin
 
 
