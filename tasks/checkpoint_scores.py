@@ -69,7 +69,7 @@ class CheckpointScores:
             logger.warning("no score of checkpoint %d: %s", images_seen, error)
             return
         self._context.artifact.write_json(_file(images_seen), scores)
-        self._context.tracking.log_scores_at({f"score/{name}": value for name, value in scores.items()}, images_seen)
+        self._context.tracking.log_metrics({f"score/{name}": value for name, value in scores.items()}, images_seen)
         logger.info("checkpoint %d, %d samples: %s", images_seen, self._section.score_images,
                     ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))  # fmt: skip
 

@@ -18,6 +18,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from tasks.pace import Pace
+
 _LINE_SECONDS = 15.0
 
 
@@ -40,7 +42,7 @@ class Display:
         self._live = sys.stderr.isatty() and not quiet
         self._tasks: dict[str, TaskID] = {}
         self._started: dict[str, float] = {}
-        self._first: dict[str, int] = {}
+        self._paces: dict[str, Pace] = {}
         self._last_line = 0.0
         if self._live:
             self._bars.start()
@@ -67,16 +69,15 @@ class Display:
 
     def update(self, name: str, done: int, total: int, *, unit: str = "images", note: str = "") -> None:
         """Position of a running stage; the speed counts from its first update."""
-        now = time.monotonic()
-        first = self._first.setdefault(name, done)
-        elapsed = now - self._started.get(name, now)
-        speed = (done - first) / elapsed if elapsed > 0 and done > first else 0.0
+        now, pace = time.monotonic(), self._paces.setdefault(name, Pace())
+        pace.move(done, total)
+        speed = pace.speed
         text = ", ".join(part for part in (f"{speed:,.0f} {unit}/s" if speed else "", note) if part)
         if self._live and name in self._tasks:
             self._bars.update(self._tasks[name], completed=done, total=total, unit=unit, speed=text)
         elif now - self._last_line > _LINE_SECONDS:
             self._last_line = now
-            eta = f", eta {(total - done) / speed:.0f} s" if speed else ""
+            eta = f", eta {pace.seconds_left:.0f} s" if pace.seconds_left is not None else ""
             self.console.print(f"{name}: {done:,}/{total:,} {unit}{', ' if text else ''}{text}{eta}")
 
     def close(self) -> None:

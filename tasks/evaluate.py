@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from prefect.artifacts import create_table_artifact
@@ -39,7 +40,7 @@ def execute(context: StageContext) -> StageOutcome:
     }
     for name in ("reconstructions", "latents", "neighbours"):
         if context.artifact.exists(f"{name}.png"):
-            context.tracking.log_picture(context.artifact.read_bytes(f"{name}.png"), name)
+            context.tracking.log_picture(partial(context.artifact.read_bytes, f"{name}.png"), name)
     rows = [{"row": name} | {c: values.get(c) for c in metrics["columns"]} for name, values in metrics["rows"].items()]
     context.tracking.log_table(rows, "scores")
     _show_in_prefect(rows, metrics["protocol"])

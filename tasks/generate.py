@@ -30,5 +30,5 @@ def execute(context: StageContext) -> StageOutcome:
         gpus_per_worker=section.gpus_per_worker,
     )
     summary, known = finish_samples(work, description, grid_classes=section.grid_classes)
-    context.tracking.log_picture(context.artifact.read_bytes("grid.png"), "grid")
+    context.tracking.log_picture(lambda: context.artifact.read_bytes("grid.png"), "grid")
     return StageOutcome(summary=summary, known=known, workers=section.workers)

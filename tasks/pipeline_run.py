@@ -14,6 +14,7 @@ from repae_core.artifacts import Artifact, RunRecord, StageRecord, Store, new_ru
 from repae_core.config import STAGES, PipelineConfig, section_name, stage_name
 from tasks.display import Display
 from tasks.plan import Plan, make_plan
+from tasks.progress_page import ProgressPage
 from tasks.ray_launch import RaySession
 from tasks.run_page import publish_run_page
 from tasks.tracking import Tracker
@@ -33,6 +34,7 @@ class PipelineRun:
     display: Display
     session: RaySession
     forced: set[str] = field(default_factory=set)
+    page: ProgressPage = field(default_factory=ProgressPage)
 
     @property
     def run_id(self) -> str:
@@ -48,6 +50,18 @@ class PipelineRun:
         stages = {**self.record.stages, name: stage}
         self.record = self.record.model_copy(update={"stages": stages})
         save_run(self.store, self.record)
+
+    @contextlib.contextmanager
+    def showing(self, stage: str, reason: str) -> Iterator[None]:
+        """The stage's progress, in the terminal and on Prefect's page, while it runs."""
+        with self.display.stage(stage, reason), self.page.stage(stage):
+            yield
+
+    def progress(self, stage: str, done: int, total: int, *, note: str = "") -> None:
+        """Position of a running stage; never waits for Prefect, and a terminal that is gone is no error."""
+        with contextlib.suppress(OSError):
+            self.display.update(stage, done, total, note=note)
+        self.page.update(stage, done, total, note=note)
 
     @contextlib.contextmanager
     def log_file(self, artifact: Artifact, stage: str) -> Iterator[None]:

@@ -52,6 +52,10 @@ class FinalError(RuntimeError):
     """Raised by a worker for what no restart would mend; `launch` raises it in the driver at once."""
 
 
+class ReportFailedError(RuntimeError):
+    """What the driver does with a worker's report went wrong; the cause says how."""
+
+
 class FinalInputError(FinalError, ValueError):
     """The same where the input is at fault: the user's to mend."""
 
@@ -137,7 +141,8 @@ def launch(
     worker: importable module-level function; `payload` and reports are small JSON-able dicts.
     After a failure the group starts again and continues from its checkpoints; the `max_failures`-th failure without
     `position` (where the next start would continue) having moved on in between is the last. A cancel (anything that
-    is no Exception) ends the workers before it goes on: what it meets on its way out may wait for the store.
+    is no Exception) ends the workers before it goes on: what it meets on its way out may wait for the store. So does
+    an error that `on_report` raises, which then goes on as it is.
 
     Raises:
         FinalError: a worker raised it.
@@ -152,6 +157,9 @@ def launch(
             return _fit(worker, payload, on_report, workers=workers, cpus=cpus_per_worker, gpus=gpus_per_worker)
         except FinalError:
             raise
+        except ReportFailedError as error:
+            session.close()
+            raise error.__cause__ or error from None
         except Exception as error:
             now = position()
             failures, reached = (failures if now == reached else 0) + 1, now
@@ -171,15 +179,23 @@ def _fit(
     """One `fit()`; FinalError when a worker raised it."""
     import ray
 
-    mailbox: Any = cast(Any, ray.remote(num_cpus=0)(_Mailbox)).remote()
+    # Restarted where its machine is lost: `fit` alone decides whether the workers have failed.
+    mailbox: Any = cast(Any, ray.remote(num_cpus=0, max_restarts=-1)(_Mailbox)).remote()
     final: list[FinalError] = []
 
     def deliver() -> None:
         for message in ray.get(mailbox.drain.remote(), timeout=60):
             if _FINAL in message:
                 final.append((FinalInputError if message["bad_input"] else FinalError)(message[_FINAL]))
-            else:
+                continue
+            try:
                 on_report(message)
+            except Exception as error:
+                raise ReportFailedError(str(error)) from error
+
+    def deliver_if_possible() -> None:
+        with contextlib.suppress(ray.exceptions.RayError):  # tried again; nothing but the live view depends on it
+            deliver()
 
     with tempfile.TemporaryDirectory(prefix="repae-ray-", ignore_cleanup_errors=True) as scratch:
         trainer = _trainer(
@@ -190,11 +206,12 @@ def _fit(
             gpus=gpus,
         )
         try:
-            result = interruptible(trainer.fit, meanwhile=deliver)
-            deliver()
+            result = interruptible(trainer.fit, meanwhile=deliver_if_possible)
+            deliver_if_possible()
+        except ReportFailedError:
+            raise
         except Exception as error:
-            with contextlib.suppress(Exception):  # the cluster may be gone
-                deliver()
+            deliver_if_possible()  # the cluster may be gone
             if final:
                 raise final[0] from error
             raise

@@ -17,6 +17,7 @@ from prefect.cache_policies import NO_CACHE
 
 from repae_core.artifacts import Artifact, FileEntry, InputEntry, Lease, LeaseHeld, LeaseLost, StageRecord
 from repae_core.config import Config, PipelineConfig
+from tasks.outbox import PROGRAMMING_ERRORS
 from tasks.pipeline_run import PipelineRun
 from tasks.plan import VERSIONS, Decision, PlannedStage, decide, stale_input
 from tasks.ray_launch import FinalError, WorkersFailedError
@@ -54,9 +55,9 @@ class StageContext:
         """What the stage reads, by role."""
         return self.planned.inputs
 
-    def progress(self, done: int, total: int) -> None:
-        """Images (or steps) done of all, for the progress bar."""
-        self.run.display.update(self.planned.name, done, total)
+    def progress(self, done: int, total: int, *, note: str = "") -> None:
+        """Images (or steps) done of all, for the terminal and Prefect's page; trouble with either is a warning."""
+        self.run.progress(self.planned.name, done, total, note=note)
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class StageOutcome:
 
 
 Execute = Callable[[StageContext], StageOutcome]
-_FINAL = (ValueError, LeaseHeld, LeaseLost, FinalError, WorkersFailedError)
+_FINAL = (ValueError, LeaseHeld, LeaseLost, FinalError, WorkersFailedError, *PROGRAMMING_ERRORS)
 
 
 def stage_task(name: str) -> Callable[[Callable[[PipelineRun], dict[str, Any]]], Task[[PipelineRun], dict[str, Any]]]:
@@ -105,7 +106,7 @@ def run_stage(run: PipelineRun, name: str, execute: Execute) -> dict[str, Any]:
                          started_at=_now())  # fmt: skip
     run.record_stage(name, record)
     try:
-        with _prepared(run, planned, decision) as context, run.display.stage(name, decision.reason):
+        with _prepared(run, planned, decision) as context, run.showing(name, decision.reason):
             outcome = execute(context)
             _commit(context, outcome, started)
     except BaseException as error:

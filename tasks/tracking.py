@@ -1,25 +1,26 @@
 """MLflow: the only file that imports it. One parent run a pipeline run, one child a stage.
 
 The driver creates the schema and every run before any worker starts, and is the only process that writes:
-SQLite with several writers that create it at once does not survive.
+SQLite with several writers that create it at once does not survive. What a stage logs while it works goes through
+`live_log`, so that an MLflow that is slow or away delays no step and ends no run.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import logging
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from PIL import Image
-
 from repae_core.artifacts import Artifact
 from repae_core.config.environment import repae_home
+from tasks.live_log import LiveLog
+from tasks.outbox import PROGRAMMING_ERRORS
+
+logger = logging.getLogger("repae")
 
 _SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -29,7 +30,9 @@ _SETTINGS = {
     "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "5",
     "GIT_PYTHON_REFRESH": "quiet",
 }
-_BATCH_SECONDS = 3.0
+_LAST_SECONDS = 60.0  # for what is still to be sent when a stage ends
+_FAILED_SECONDS = 10.0  # the same when it failed
+_CANCELLED_SECONDS = 2.0  # a cancelled run must be gone within 15 s
 
 
 class Tracker:
@@ -40,9 +43,11 @@ class Tracker:
             os.environ.setdefault(name, value)
         import mlflow
 
-        for chatty in ("system_metrics", "store.db.utils"):
-            logging.getLogger(f"mlflow.{chatty}").setLevel(logging.WARNING)
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+        for repetitive in ("mlflow.system_metrics", "urllib3.connectionpool"):  # a line a try while MLflow is away
+            logging.getLogger(repetitive).setLevel(logging.ERROR)
         self._mlflow = mlflow
+        self.metric = mlflow.entities.Metric
         home = repae_home()
         self.uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}"
         embedded = self.uri.startswith("sqlite:")
@@ -90,9 +95,8 @@ class Tracker:
         monitor = self._system_metrics(resume_id)
         run = StageRun(self, resume_id)
         try:
-            with self._closing(resume_id):
+            with self._closing(resume_id), _emptied(run):
                 yield run
-                run.flush()
         finally:
             if monitor is not None:
                 monitor.finish()
@@ -100,12 +104,14 @@ class Tracker:
     def link_skipped(self, stage: str, mlflow_run_id: str | None, uri: str) -> None:
         """Note on the parent which earlier run made a skipped stage."""
         if self.parent_id:
-            self.client.set_tag(self.parent_id, f"repae.skipped.{stage}", f"{mlflow_run_id or '-'} {uri}")
+            with self._trouble_is_a_warning():
+                self.client.set_tag(self.parent_id, f"repae.skipped.{stage}", f"{mlflow_run_id or '-'} {uri}")
 
     def describe(self, markdown: str) -> None:
         """The parent run's description."""
         if self.parent_id:
-            self.client.set_tag(self.parent_id, "mlflow.note.content", markdown)
+            with self._trouble_is_a_warning():
+                self.client.set_tag(self.parent_id, "mlflow.note.content", markdown)
 
     def register_model(self, run_id: str, name: str, files: Mapping[str, bytes], tags: Mapping[str, str]) -> str:
         """Upload a model's files (safetensors, JSON) to the run and register them; returns `models:/name/version`."""
@@ -155,26 +161,32 @@ class Tracker:
 
     @contextlib.contextmanager
     def _closing(self, run_id: str) -> Iterator[None]:
+        status = "KILLED"
         try:
             yield
+            status = "FINISHED"
         except Exception:
-            self.client.set_terminated(run_id, "FAILED")
+            status = "FAILED"
             raise
-        except BaseException:
-            self.client.set_terminated(run_id, "KILLED")
-            raise
-        self.client.set_terminated(run_id, "FINISHED")
+        finally:
+            with self._trouble_is_a_warning():
+                self.client.set_terminated(run_id, status)
+
+    @contextlib.contextmanager
+    def _trouble_is_a_warning(self) -> Iterator[None]:
+        """For notes that no result depends on, and that must not replace the error that is under way."""
+        try:
+            yield
+        except (self._mlflow.exceptions.MlflowException, OSError) as error:
+            logger.warning("%s: %s", self.display_uri, " ".join(str(error).split())[:200])
 
 
-class StageRun:
-    """A stage's MLflow run: buffered metrics against images seen, pictures, parameters, models."""
+class StageRun(LiveLog):
+    """A stage's MLflow run: what it logs live, parameters, tables, inputs and output."""
 
     def __init__(self, tracker: Tracker, run_id: str) -> None:
-        self.tracker, self.run_id = tracker, run_id
-        self._client = tracker.client
-        self._buffer: list[Any] = []
-        self._flushed = time.monotonic()
-        self._logged = self._last_logged()
+        super().__init__(tracker.client, run_id, f"MLflow at {tracker.display_uri}", tracker.metric)
+        self.tracker = tracker
 
     def log_config(self, config: Mapping[str, Any]) -> None:
         """Every setting as a parameter (those not logged yet), and the whole as an artifact."""
@@ -185,48 +197,15 @@ class StageRun:
         self._client.log_batch(self.run_id, params=[Param(k, v) for k, v in flat.items()])
         self._client.log_dict(self.run_id, dict(config), "config.json")
 
-    def log_metrics(self, metrics: Mapping[str, float], images_seen: int) -> None:
-        """Buffered; steps that an earlier attempt has logged are dropped."""
-        from mlflow.entities import Metric
-
-        if images_seen <= self._logged:
-            return
-        self._logged = images_seen
-        now = int(time.time() * 1000)
-        self._buffer += [Metric(name, value, now, images_seen) for name, value in metrics.items()]
-        if time.monotonic() - self._flushed > _BATCH_SECONDS:
-            self.flush()
-
-    def flush(self) -> None:
-        """Send what is buffered."""
-        for start in range(0, len(self._buffer), 1000):
-            self._client.log_batch(self.run_id, metrics=self._buffer[start : start + 1000])
-        self._buffer, self._flushed = [], time.monotonic()
-
     def log_scores(self, scores: Mapping[str, float]) -> None:
         """Final values, without a step."""
         for name, value in scores.items():
             self._client.log_metric(self.run_id, name, value)
 
-    def log_scores_at(self, scores: Mapping[str, float], images_seen: int) -> None:
-        """Values of a checkpoint, against images seen; they may come later than the metrics of that position."""
-        from mlflow.entities import Metric
-
-        now = int(time.time() * 1000)
-        self._client.log_batch(self.run_id, metrics=[Metric(k, v, now, images_seen) for k, v in scores.items()])
-
     def log_table(self, rows: Sequence[Mapping[str, Any]], name: str) -> None:
         """Rows of equal keys as `{name}.json`, which MLflow shows and compares between runs."""
         columns = {key: [row[key] for row in rows] for key in rows[0]}
         self._client.log_table(self.run_id, columns, f"{name}.json")
-
-    def log_picture(self, png: bytes, name: str, images_seen: int | None = None) -> None:
-        """A PNG: one of a series over images seen, or a single file."""
-        picture = Image.open(io.BytesIO(png)).convert("RGB")
-        if images_seen is None:
-            self._client.log_image(self.run_id, picture, artifact_file=f"pictures/{name}.png")
-        else:
-            self._client.log_image(self.run_id, picture, key=name, step=images_seen)
 
     def log_inputs(self, inputs: Mapping[str, str], output: str) -> None:
         """URIs of what the stage read, also as MLflow datasets, and of what it writes."""
@@ -243,9 +222,17 @@ class StageRun:
             self._client.log_inputs(self.run_id, datasets)
         self._client.set_tag(self.run_id, "repae.artifact", output)
 
-    def _last_logged(self) -> int:
-        history = [self._client.get_metric_history(self.run_id, name) for name in ("vae_loss", "sit_loss")]
-        return max((m.step for of_metric in history for m in of_metric), default=-1)
+
+@contextlib.contextmanager
+def _emptied(run: StageRun) -> Iterator[None]:
+    """What is still to be sent is sent when the block ends; trouble with it never hides what ended the block."""
+    try:
+        yield
+    except BaseException as error:
+        with contextlib.suppress(*PROGRAMMING_ERRORS):
+            run.close(_FAILED_SECONDS if isinstance(error, Exception) else _CANCELLED_SECONDS)
+        raise
+    run.close(_LAST_SECONDS)
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

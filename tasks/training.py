@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from repae_core.artifacts import Artifact
@@ -43,7 +45,7 @@ def run_training(context: StageContext) -> dict[str, Any]:
             if scores is not None:
                 scores.look()
 
-        return launch(
+        summary = launch(
             train_worker,
             payload,
             session=context.run.session,
@@ -54,6 +56,8 @@ def run_training(context: StageContext) -> dict[str, Any]:
             on_report=on_report,
             position=lambda: committed_checkpoints(artifact)[-1:],
         )
+    complete_log(context)
+    return summary
 
 
 @contextlib.contextmanager
@@ -96,21 +100,32 @@ def kept_threads(artifact: Artifact, section: TrainingConfig) -> int:
 
 
 def relay(context: StageContext, message: dict[str, Any]) -> None:
-    """One worker report to the progress bar, MLflow's curves and its pictures."""
+    """One worker report to the progress display, MLflow's curves and its pictures; waits for none of them."""
     metrics, seen = message["metrics"], message["images_seen"]
-    for row in message["history"]:  # what a killed driver had not yet sent; the rest MLflow has
-        context.tracking.log_metrics({k: v for k, v in row.items() if k not in _POSITION}, int(row["images_seen"]))
+    log_history(context, message["history"])
     loss = metrics.get("sit_loss", metrics.get("vae_loss"))
     batch = seen // max(message["step"], 1)
-    context.run.display.update(
-        context.planned.name,
-        seen,
-        message["total_steps"] * batch,
-        note=f"loss {loss:.3f}" if loss is not None else "",
-    )
+    note = f"loss {loss:.3f}" if loss is not None else ""
+    context.progress(seen, message["total_steps"] * batch, note=note)
     for name, file in message["previews"].items():
-        context.tracking.log_picture(context.artifact.read_bytes(file), name, seen)
+        context.tracking.log_picture(functools.partial(context.artifact.read_bytes, file), name, seen)
     if metrics:
-        speed = {"images_per_second": message["images_per_second"], "checkpoint_seconds": message["checkpoint_seconds"]}
         phases = {f"seconds/{phase}": seconds for phase, seconds in message["phases"].items()}
-        context.tracking.log_metrics(metrics | speed | phases, seen)
+        lost = {"checkpoint_seconds": message["checkpoint_seconds"]}
+        context.tracking.log_metrics(metrics | message["throughput"] | lost | phases, seen)
+
+
+def log_history(context: StageContext, rows: Iterable[Mapping[str, float]]) -> None:
+    """Rows of the metric history; those that MLflow has are dropped."""
+    for row in rows:
+        context.tracking.log_metrics({k: v for k, v in row.items() if k not in _POSITION}, int(row["images_seen"]))
+
+
+def complete_log(context: StageContext) -> None:
+    """When training is over: whatever of its curves and pictures MLflow may have missed while it was away."""
+    history = context.artifact.read_bytes("metrics.jsonl").decode().splitlines()
+    log_history(context, map(json.loads, history))
+    for file in sorted(context.artifact.files("previews")):
+        images, _, name = file.removesuffix(".png").partition("-")
+        read = functools.partial(context.artifact.read_bytes, f"previews/{file}")
+        context.tracking.log_picture(read, name, int(images))

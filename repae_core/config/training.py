@@ -150,6 +150,9 @@ class TrainingConfig(Config):
     keep_checkpoints_every: int = execution(0, "Steps between checkpoints that are never removed; 0 = none", ge=0)
     checkpoint_queue: int = execution(2, "Checkpoints that may wait in local scratch while the store is away", ge=1)
     log_every: int = execution(100, "Steps between logged metrics", ge=1)
+    measure_peak: bool = execution(
+        True, "Time matrix products for about a second at the start, to report the share of this machine's peak"
+    )
     preview_every: int = execution(10_000, "Steps between sample and reconstruction grids; 0 = none", ge=0)
     score_every: int = execution(
         0, "Steps between scores of a few samples while training goes on, on CPUs or a GPU that it leaves free in Ray; "

@@ -24,8 +24,9 @@ from repae_core.training.previews import draw_previews
 from repae_core.training.repae_step import repae_step, vae_warmup_step
 from repae_core.training.run import TrainingRun
 from repae_core.training.state import Batch, JointState, Metrics
+from repae_core.training.throughput import Step, image_flops
 
-STEPS = {"repa-e": repae_step, "frozen": frozen_vae_step, "naive": naive_end_to_end_step}
+STEPS: dict[str, Step] = {"repa-e": repae_step, "frozen": frozen_vae_step, "naive": naive_end_to_end_step}
 
 
 class JointRun(TrainingRun):
@@ -37,6 +38,7 @@ class JointRun(TrainingRun):
     def __init__(self, config: PipelineConfig, images: ImageShards, folder: Artifact, group: Group) -> None:
         super().__init__(config, folder, group)
         self.section = self.joint = config.train_repae
+        self._flops: dict[Step, float] = {}
         self.images, self.read = images, functools.partial(read_images, images)
         self.order = DataOrder(len(images), config.seed, images.shard_starts, self.joint.shuffle_shards)
         self.encoders = Encoders(self.joint, grid=config.token_grid("train_repae"), device=group.device)
@@ -53,7 +55,8 @@ class JointRun(TrainingRun):
     def batch(self, item: tuple[Tensor, Tensor], draws: Draws, step: int) -> Batch:
         """Images, labels, and (past the warm-up) the encoders' features."""
         pixels, labels = (part.to(self.group.device) for part in item)
-        features = self.encoders(pixels) if step >= self.joint.vae_warmup_steps else []
+        with self.state.timer("encoder"):
+            features = self.encoders(pixels) if step >= self.joint.vae_warmup_steps else []
         return Batch(labels, features, images=pixels)
 
     def step(self, index: int, item: tuple[Batch, Draws]) -> Metrics:
@@ -88,6 +91,16 @@ class JointRun(TrainingRun):
         if self.group.is_main:
             state = {name: tensor.cpu().contiguous() for name, tensor in self.state.vae.module.state_dict().items()}
             self.folder.write_bytes(UNTUNED_VAE, save_safetensors(state))
+
+    def image_flops(self, index: int) -> float:
+        """Of a warm-up or a joint step."""
+        step, encoders = STEPS[self.joint.vae_training], self.encoders.modules
+        if index < self.joint.vae_warmup_steps:
+            step, encoders = vae_warmup_step, []
+        if step not in self._flops:
+            side = self.config.preprocess.resolution
+            self._flops[step] = image_flops(step, self.state, self.objective, encoders, image_side=side)
+        return self._flops[step]
 
     def preview(self, step: int) -> dict[str, bytes]:
         """Reconstructions always, samples once SiT trains."""

@@ -22,6 +22,7 @@ from repae_core.training.ldm_step import ldm_step
 from repae_core.training.previews import draw_previews
 from repae_core.training.run import TrainingRun
 from repae_core.training.state import Batch, Metrics
+from repae_core.training.throughput import image_flops
 
 
 class LDMRun(TrainingRun):
@@ -71,13 +72,24 @@ class LDMRun(TrainingRun):
                 features = [spatial_normalize(f.float(), self.section.spatial_norm) for f in features]
         else:
             assert item.images is not None
-            features = self.encoders(item.images.to(device))
+            with self.state.timer("encoder"):
+                features = self.encoders(item.images.to(device))
         return Batch(item.labels.to(device), features, latents=z)
 
     def step(self, index: int, item: tuple[Batch, Draws]) -> Metrics:
         """One latent-only step."""
         batch, draws = item
         return ldm_step(self.state, batch, self.objective, draws, rate_factor=self.rate_factor(index))
+
+    @functools.cached_property
+    def _flops(self) -> float:
+        encoders = self.encoders.modules if self.encoders is not None else []
+        side = self.latents.latent_shape[-1] * self.vae.downsample_factor
+        return image_flops(ldm_step, self.state, self.objective, encoders, image_side=side)
+
+    def image_flops(self, index: int) -> float:
+        """The same for every step."""
+        return self._flops
 
     def preview(self, step: int) -> dict[str, bytes]:
         """Samples of the moving average."""

@@ -7,6 +7,7 @@ seen), so a run that starts from a checkpoint continues as if it had not stopped
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +21,7 @@ from repae_core.artifacts.checkpoints import committed_checkpoints
 from repae_core.training.checkpoint import load_checkpoint
 from repae_core.training.checkpoint_writer import CheckpointWriter
 from repae_core.training.state import LDMState, Metrics
+from repae_core.training.throughput import ThroughputMeter
 from repae_core.training.watchdog import StepWatchdog
 
 logger = logging.getLogger("repae_core")
@@ -30,6 +32,7 @@ class Progress:
     """What a run reports on its way: position, speed, the metrics logged now, pictures written now.
 
     history: once, when a run continues: every row logged before, for those who have missed some.
+    throughput: see ThroughputMeter.read; with metrics only.
     checkpoint_seconds: that training has lost to checkpoints since it started or continued.
     phases: seconds a step by phase, mean since the last report of metrics.
     """
@@ -37,11 +40,11 @@ class Progress:
     step: int
     total_steps: int
     images_seen: int
-    images_per_second: float
     metrics: dict[str, float] = field(default_factory=dict)
     previews: dict[str, str] = field(default_factory=dict)  # picture name -> file in the stage's folder
     checkpoint_seconds: float = 0.0
     phases: dict[str, float] = field(default_factory=dict)
+    throughput: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -119,7 +122,7 @@ class TrainingLoop:
         self.history = record["history"]
         self.start_step = record["images_seen"] // s.batch_size
         logger.info("continued from checkpoint %d of %s", found[-1], origin.uri)
-        self.report(Progress(self.start_step, s.total_steps, found[-1], 0.0, history=self.history))
+        self.report(Progress(self.start_step, s.total_steps, found[-1], history=self.history))
         return True
 
     def run(
@@ -127,14 +130,17 @@ class TrainingLoop:
         batches: Iterable[Any],
         step: Callable[[int, Any], Metrics],
         preview: Callable[[int], dict[str, bytes]] | None = None,
+        meter: ThroughputMeter | None = None,
     ) -> None:
         """Train to `total_steps`; `batches` start at the step after the restored one.
+
+        meter: the main rank's, told of every step.
 
         Raises:
             StoreError: a checkpoint could not be written within the store's time budget.
         """
         s = self.settings
-        started, last_report, saved_for_preemption = time.monotonic(), time.monotonic(), False
+        last_report, saved_for_preemption = time.monotonic(), False
         writer = CheckpointWriter(
             self.folder,
             self.state,
@@ -148,10 +154,14 @@ class TrainingLoop:
                 metrics = step(index, batch)
                 done = index + 1
                 last = done == s.total_steps
-                logged, phases = self._log(done, metrics) if done % s.log_every == 0 or last else ({}, {})
+                if meter:
+                    meter.mark(done)
+                logged = self._log(done, metrics) if done % s.log_every == 0 or last else {}
                 due = last or (s.preview_every and done % s.preview_every == 0)
                 if preview and due:
-                    self._send_pictures(writer, done, preview(done))
+                    with self.state.timer("preview"):
+                        pictures = preview(done)
+                    self._send_pictures(writer, done, pictures)
                 leaving = not saved_for_preemption and self.preempted()
                 if leaving or done % s.checkpoint_every == 0 or last:
                     writer.save(self.record | {"images_seen": done * s.batch_size, "history": self.history})
@@ -164,9 +174,8 @@ class TrainingLoop:
                 self._report_written(writer)
                 if logged or time.monotonic() - last_report > 2.0:
                     last_report = time.monotonic()
-                    speed = (done - self.start_step) * s.batch_size / (last_report - started)
-                    images = done * s.batch_size
-                    self.report(Progress(done, s.total_steps, images, speed, logged, {}, writer.seconds, phases))
+                    progress = Progress(done, s.total_steps, done * s.batch_size, logged, {}, writer.seconds)
+                    self.report(self._with_costs(progress, meter) if logged else progress)
         self._report_written(writer)
         if self.state.group.is_main and self.start_step < s.total_steps:
             logger.info("%.1f s lost to checkpoints", writer.seconds)
@@ -175,7 +184,7 @@ class TrainingLoop:
         """Written in the background, before any later checkpoint: a run that continues has lost none."""
         images = done * self.settings.batch_size
         files = {name: f"previews/{images:09d}-{name}.png" for name in pictures}
-        progress = Progress(done, self.settings.total_steps, images, 0.0, previews=files)
+        progress = Progress(done, self.settings.total_steps, images, previews=files)
         writer.write({files[name]: content for name, content in pictures.items()}, progress)
 
     def _report_written(self, writer: CheckpointWriter) -> None:
@@ -200,10 +209,17 @@ class TrainingLoop:
                 return
             yield batch
 
-    def _log(self, done: int, metrics: Metrics) -> tuple[dict[str, float], dict[str, float]]:
-        """The only place where metrics leave the device: one reduction over ranks, one copy; and seconds by phase."""
-        values = self.state.group.mean(torch.stack([m.float() for m in metrics.values()])).tolist()
+    def _log(self, done: int, metrics: Metrics) -> dict[str, float]:
+        """The only place where metrics leave the device: one reduction over ranks, one copy."""
+        with self.state.timer("logging"):
+            values = self.state.group.mean(torch.stack([m.float() for m in metrics.values()])).tolist()
         logged = dict(zip(metrics, values, strict=True))
         self.history.append({"step": done, "images_seen": done * self.settings.batch_size, **logged})
-        steps = min(self.settings.log_every, done - self.start_step)
-        return logged, {phase: seconds / steps for phase, seconds in self.state.timer.take().items()}
+        return logged
+
+    def _with_costs(self, progress: Progress, meter: ThroughputMeter | None) -> Progress:
+        """Seconds a step by phase since the last log, and the throughput."""
+        steps = (progress.step - 1) % self.settings.log_every + 1
+        steps = min(steps, progress.step - self.start_step)
+        phases = {phase: seconds / steps for phase, seconds in self.state.timer.take().items()}
+        return dataclasses.replace(progress, phases=phases, throughput=meter.read() if meter else {})

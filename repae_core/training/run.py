@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,6 +19,9 @@ from repae_core.training.loop import LoopSettings, Report, TrainingLoop
 from repae_core.training.optim import rate_factor
 from repae_core.training.precision import use_tf32
 from repae_core.training.state import Batch, FlowObjective, LDMState, Metrics
+from repae_core.training.throughput import ThroughputMeter, matmul_peak
+
+logger = logging.getLogger("repae_core")
 
 
 class TrainingRun(ABC):
@@ -40,6 +44,10 @@ class TrainingRun(ABC):
     @abstractmethod
     def step(self, index: int, item: tuple[Batch, Draws]) -> Metrics:
         """One optimizer step; `index` counts from 0 over the whole run."""
+
+    @abstractmethod
+    def image_flops(self, index: int) -> float:
+        """Model FLOPs of an image at a step; counted at the first call of its kind."""
 
     @abstractmethod
     def preview(self, step: int) -> dict[str, bytes]:
@@ -83,8 +91,19 @@ class TrainingRun(ABC):
         )
         if not loop.restore() and init_from is not None:
             loop.restore(init_from)
-        loop.run(self.batches(loop.start_step), self.step, self.preview)
+        loop.run(self.batches(loop.start_step), self.step, self.preview, self.meter(loop.start_step))
         return loop.history
+
+    def meter(self, start_step: int) -> ThroughputMeter | None:
+        """The main rank's; every rank measures what its part of the machine can do, at the same time."""
+        peak = 0.0
+        if self.section.measure_peak:
+            peak = matmul_peak(self.group.device, self.section.mixed_precision) * self.group.world_size
+        if not self.group.is_main:
+            return None
+        if peak:
+            logger.info("matrix products of %.3f TFLOP/s by %d worker(s)", peak / 1e12, self.group.world_size)
+        return ThroughputMeter(start_step, self.section.batch_size, self.group.device, self.image_flops, peak)
 
     def batches(self, start_step: int) -> Iterator[tuple[Batch, Draws]]:
         """This rank's part of every global batch from a step on, with its draws."""

@@ -12,7 +12,7 @@ def artifact(tmp_path):
 def log(run, positions):
     for images in positions:
         run.log_metrics({"sit_loss": 1.0 / images, "images_per_second": 5.0}, images)
-        run.flush()
+        run.flush(30)
 
 
 def test_a_resumed_run_continues_its_metrics(home, artifact):
