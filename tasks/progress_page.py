@@ -53,19 +53,21 @@ class _Bar:
         self._stage, self._note, self._state = stage, "", "running"
         self._pace = Pace()
         self._started = self._asked = time.monotonic()
+        self._wanted = False
         self._artifact: UUID | None = None
         self._context = contextvars.copy_context()  # tells Prefect to which run the artifact belongs
-        self._outbox = Outbox[str]("progress", "Prefect", self._send, room=1, batch=1, refused=_refused)
+        # Room for one that is being sent, with an older state, and one that will send the newest.
+        self._outbox = Outbox[str]("progress", "Prefect", self._send, room=2, batch=1, refused=_refused)
 
     def move(self, done: int, total: int, note: str) -> None:
         self._pace.move(done, total)
         self._note = note or self._note
         if time.monotonic() - self._asked >= _EVERY:
-            self._asked = time.monotonic()
+            self._asked, self._wanted = time.monotonic(), True
             self._outbox.put(self._stage)
 
     def end(self, state: str) -> None:
-        if self._artifact is not None:
+        if self._wanted:
             self._state = state
             self._outbox.put(self._stage)
         with contextlib.suppress(*PROGRAMMING_ERRORS):  # it was a warning already

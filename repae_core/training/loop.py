@@ -174,8 +174,7 @@ class TrainingLoop:
                 self._report_written(writer)
                 if logged or time.monotonic() - last_report > 2.0:
                     last_report = time.monotonic()
-                    progress = Progress(done, s.total_steps, done * s.batch_size, logged, {}, writer.seconds)
-                    self.report(self._with_costs(progress, meter) if logged else progress)
+                    self._report_step(done, logged, writer.seconds, meter)
         self._report_written(writer)
         if self.state.group.is_main and self.start_step < s.total_steps:
             logger.info("%.1f s lost to checkpoints", writer.seconds)
@@ -217,9 +216,15 @@ class TrainingLoop:
         self.history.append({"step": done, "images_seen": done * self.settings.batch_size, **logged})
         return logged
 
-    def _with_costs(self, progress: Progress, meter: ThroughputMeter | None) -> Progress:
-        """Seconds a step by phase since the last log, and the throughput."""
-        steps = (progress.step - 1) % self.settings.log_every + 1
-        steps = min(steps, progress.step - self.start_step)
-        phases = {phase: seconds / steps for phase, seconds in self.state.timer.take().items()}
-        return dataclasses.replace(progress, phases=phases, throughput=meter.read() if meter else {})
+    def _report_step(
+        self, done: int, logged: dict[str, float], checkpoint_seconds: float, meter: ThroughputMeter | None
+    ) -> None:
+        """Position; with metrics also seconds a step by phase since the last log, and the throughput."""
+        s = self.settings
+        progress = Progress(done, s.total_steps, done * s.batch_size, logged, {}, checkpoint_seconds)
+        if logged:
+            steps = min((done - 1) % s.log_every + 1, done - self.start_step)
+            phases = {phase: seconds / steps for phase, seconds in self.state.timer.take().items()}
+            progress = dataclasses.replace(progress, phases=phases, throughput=meter.read() if meter else {})
+        with self.state.timer("logging"):
+            self.report(progress)
