@@ -63,11 +63,13 @@ def run_sweep(
         scored[point] = _score(config)
     result = collect(grids, scored)
     from flows.full_pipeline import full_pipeline
+    from tasks.plan import make_plan
     from tasks.report import write_report
     from tasks.sweep_page import SWEEP_FILE
 
     run_id = full_pipeline(preset=saved_config(base))["run_id"]
     target = Store(base.store)
+    result["vae"] = vae_rows(make_plan(base, target).stages["evaluate"].artifact.read_json("metrics.json"))
     target.write_json(f"runs/{run_id}/{SWEEP_FILE}", result)
     report = write_report(target, load_run(target, run_id))
     _print(result, report)
@@ -98,6 +100,12 @@ def collect(grids: dict[str, list[Point]], scored: dict[Point, dict[str, Any]]) 
     }
     ranked = sorted(rows["guidance"] or rows["steps"], key=lambda row: row[name])
     return {"distance": name, "images": first["scores"]["images"], **rows, "best": ranked[0]}
+
+
+def vae_rows(metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """Scores of the reconstructions by the VAE before and after joint tuning, as far as the run has them."""
+    names = {"before": "reconstructions_before", "after": "reconstructions"}
+    return [{"tuning": when} | metrics["rows"][row] for when, row in names.items() if row in metrics["rows"]]
 
 
 def _score(config: PipelineConfig) -> dict[str, Any]:
@@ -145,6 +153,8 @@ def _print(result: dict[str, Any], report: str) -> None:
             console.print(
                 _table(f"{name} of {result['images']:,} images, lower is better", title, rows, columns, result)
             )
+    if result["vae"]:
+        console.print(_vae_table(result["vae"]))
     point = Point(*(best[field] for field in Point._fields))
     console.print(f"Best     {name} {best[name]:.3f}: {describe(point)}", soft_wrap=True)
     console.print(f"         {' '.join(f'--set {text}' for text in _sets(point))}", soft_wrap=True, markup=False)
@@ -161,6 +171,15 @@ def _table(title: str, row_title: str, rows: list[dict[str, Any]], column: str, 
     for value in dict.fromkeys(row[key] for row in rows):
         cells = {_text(row[column]): row for row in rows if row[key] == value}
         table.add_row(f"{value:g}", *(_cell(cells.get(name), result) for name in names))
+    return table
+
+
+def _vae_table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="reconstructions by the VAE, before and after joint tuning")
+    for heading in rows[0]:
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(*(value if isinstance(value, str) else f"{value:.4g}" for value in row.values()))
     return table
 
 

@@ -1,4 +1,4 @@
-"""The sweep of a run, as its report shows it: a table and curves of distance against guidance and steps."""
+"""The sweep of a run, as its report shows it: tables and plots of distance against guidance, steps and VAE tuning."""
 
 from __future__ import annotations
 
@@ -20,15 +20,19 @@ def sweep_section(store: Store, run_id: str) -> dict[str, Any] | None:
 
 
 def _curves(sweep: dict[str, Any]) -> str:
-    """Distance against guidance (a curve an interval) and against steps (a curve a sampler), as inline SVG."""
+    """Distance against guidance (a curve an interval), against steps (a curve a sampler), of the VAE; inline SVG."""
     import matplotlib as mpl
 
     mpl.use("svg")
     from matplotlib import pyplot as plt
 
     panels = [(x, series) for x, series in (("guidance", "interval"), ("steps", "sampler")) if sweep[x]]
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 3.4), layout="constrained", squeeze=False)
-    for axis, (x, series) in zip(axes[0], panels, strict=True):
+    vae = sweep.get("vae", [])
+    count = len(panels) + bool(vae)
+    figure, axes = plt.subplots(1, count, figsize=(4.4 * count, 3.4), layout="constrained", squeeze=False)
+    if vae:
+        _vae_bars(axes[0][-1], vae, sweep["distance"])
+    for axis, (x, series) in zip(axes[0][: len(panels)], panels, strict=True):
         for label, points in _series(sweep[x], x, series, sweep["distance"]).items():
             axis.plot(*zip(*points, strict=True), label=label, marker="o", markersize=3, linewidth=1.2)
         if x == "steps":
@@ -44,6 +48,14 @@ def _curves(sweep: dict[str, Any]) -> str:
     plt.close(figure)
     text = buffer.getvalue()
     return text[text.index("<svg") :]
+
+
+def _vae_bars(axis: Any, rows: list[dict[str, Any]], distance: str) -> None:
+    values = [row[distance] for row in rows]
+    labels = [f"{value:.3g}\nPSNR {row['psnr']:.1f} dB" for value, row in zip(values, rows, strict=True)]
+    axis.bar_label(axis.bar([row["tuning"] for row in rows], values, width=0.5), labels, fontsize=8)
+    axis.margins(y=0.2)
+    axis.set(xlabel="VAE, joint tuning", ylabel=f"{distance} of reconstructions")
 
 
 def _series(rows: list[dict[str, Any]], x: str, series: str, distance: str) -> dict[str, list[tuple[float, float]]]:

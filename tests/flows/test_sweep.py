@@ -30,6 +30,8 @@ def test_points_are_scored_once_and_shown(call, tmp_path):
         ]  # fmt: skip
         first = Artifact(store, "generate", rows[0]["samples"])
         assert np.array_equal(read_samples(samples, 2)[1], read_samples(first, 2)[1])
+    assert [row["tuning"] for row in sweep["vae"]] == ["before", "after"]
+    assert all(row["fd_digits"] > 0 and row["psnr"] > 0 for row in sweep["vae"])
     assert sweep["best"]["fd_digits"] == min(row["fd_digits"] for row in sweep["guidance"])
     assert f"Best     fd_digits {sweep['best']['fd_digits']:.3f}" in out
     assert run.config["generate"]["num_images"] == 12  # the config itself comes last, and its page shows the sweep
