@@ -6,7 +6,8 @@ from pathlib import Path
 
 for name in ("REPAE_STORE", "MLFLOW_TRACKING_URI", "PREFECT_API_URL", "RAY_ADDRESS", "AWS_ENDPOINT_URL"):
     os.environ.pop(name, None)
-os.environ["REPAE_HOME"] = tempfile.mkdtemp(prefix="repae-tests-")  # Prefect reads its settings when imported
+_home = tempfile.TemporaryDirectory(prefix="repae-tests-", ignore_cleanup_errors=True)
+os.environ["REPAE_HOME"] = _home.name  # Prefect reads its settings when imported
 
 from flows.environment import prepare_environment  # noqa: E402
 

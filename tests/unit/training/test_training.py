@@ -74,6 +74,20 @@ def test_resume_is_exact(config, images, tmp_path):
     assert last_files(through) == last_files(stopped)
 
 
+def test_a_preemption_makes_a_checkpoint_at_once(config, images, tmp_path):
+    """One, however often it is announced; asked after every step."""
+    out, asked = folder(tmp_path), []
+
+    def preempted() -> bool:
+        asked.append(None)
+        return len(asked) >= 3
+
+    keep = config.train_repae.model_copy(update={"checkpoint_every": 100, "keep_checkpoints": 9})
+    run = start(config.model_copy(update={"train_repae": keep}), images, out)
+    run.run(report=lambda progress: None, guard=lambda: None, record={}, preempted=preempted)
+    assert committed_checkpoints(out) == [3 * 8, 6 * 8]  # at once, and at the end
+
+
 def test_a_lost_lease_prevents_the_commit(config, images, tmp_path):
     out = folder(tmp_path)
 

@@ -1,0 +1,151 @@
+"""A worker that hangs, a Ray head that is killed, a store away for a minute: the run ends with undisturbed weights."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import tiny
+from s3_server import BUCKET, S3Server
+from supervised import Driver
+
+from repae_core.artifacts import Artifact, Store
+from repae_core.artifacts.checkpoints import committed_checkpoints
+from tasks.plan import make_plan
+
+TOTAL, BATCH = 120, 8
+SETTINGS = (
+    "train_repae.model=SiT-Tiny/4", "train_repae.vae_warmup_steps=10", f"train_repae.max_steps={TOTAL - 10}",
+    "train_repae.workers=2", "train_repae.cpus_per_worker=1", f"train_repae.batch_size={BATCH}",
+    "train_repae.checkpoint_every=10", "train_repae.step_timeout=15",
+)  # fmt: skip
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+def artifact(source: Path, store: str) -> Artifact:
+    return make_plan(tiny.config(source, store, *SETTINGS), Store(store)).stages["train-repae"].artifact
+
+
+def final_files(folder: Artifact) -> dict[str, bytes]:
+    name = f"checkpoints/{TOTAL * BATCH}"
+    return {leaf: folder.read_bytes(f"{name}/{leaf}") for leaf in folder.files(name)}
+
+
+def run_to_the_end(driver: Driver, seconds: float = 300) -> None:
+    driver.start()
+    assert driver.process.wait(timeout=seconds) == 0, driver.log.read_text()[-3000:]
+
+
+def wait_for(driver: Driver, condition: Callable[[], object], seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, driver.log.read_text()[-3000:]
+        assert driver.process.poll() is None, driver.log.read_text()[-3000:]
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    return tiny.write_images(tmp_path_factory.mktemp("images") / "digits")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(source, tmp_path_factory) -> dict[str, bytes]:
+    """Files of the last checkpoint of a run that nothing happens to."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    for stage in ("preprocess", "train-repae"):
+        run_to_the_end(Driver(stage, source, str(root / "store"), root / stage, *SETTINGS))
+    return final_files(artifact(source, str(root / "store")))
+
+
+@pytest.fixture
+def started(source, tmp_path):
+    """Starts the training on a store and waits for its first checkpoint; its processes end with the test."""
+    drivers = []
+
+    def start(store: str, **variables: str) -> Driver:
+        run_to_the_end(Driver("preprocess", source, store, tmp_path / "data", *SETTINGS, **variables))
+        driver = Driver("train-repae", source, store, tmp_path / "training", *SETTINGS, **variables)
+        drivers.append(driver)
+        driver.start()
+        wait_for(driver, lambda: committed_checkpoints(artifact(source, store)))
+        assert driver.step() < TOTAL, "too late: the test proves nothing"
+        return driver
+
+    yield start
+    for driver in drivers:
+        driver.end()
+
+
+def test_a_worker_that_hangs_is_replaced(started, source, undisturbed, tmp_path):
+    store = str(tmp_path / "store")
+    driver = started(store)
+    driver.workers()[0].send_signal(signal.SIGSTOP)
+    assert driver.process.wait(timeout=400) == 0, driver.log.read_text()[-3000:]
+    assert "starting again" in driver.log.read_text()
+    assert final_files(artifact(source, store)) == undisturbed
+
+
+def test_a_store_that_is_away_for_a_minute(started, source, undisturbed, tmp_path, monkeypatch):
+    """The steps go on while checkpoints wait in scratch, or wait for it: no failure, no restart."""
+    server = S3Server(tmp_path / "s3" / "data")
+    server.start()
+    try:
+        for name, value in server.variables.items():
+            monkeypatch.setenv(name, value)
+        store = f"s3://{BUCKET}/minute"
+        driver = started(store, **server.variables)
+        server.process.send_signal(signal.SIGSTOP)
+        time.sleep(60)
+        server.process.send_signal(signal.SIGCONT)
+        assert driver.process.wait(timeout=400) == 0, driver.log.read_text()[-3000:]
+        assert "starting again" not in driver.log.read_text()
+        assert final_files(artifact(source, store)) == undisturbed
+    finally:
+        server.process.send_signal(signal.SIGCONT)
+        server.stop()
+
+
+@contextlib.contextmanager
+def ray_head(port: int):
+    """A Ray head of its own processes; killed at the end."""
+    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", f"--port={port}", "--num-cpus=2",
+               "--block", "--node-ip-address=127.0.0.1", "--include-dashboard=false", "--disable-usage-stats",
+               "--object-store-memory=100000000"]  # fmt: skip
+    head = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            time.sleep(0.2)
+        yield
+    finally:
+        for process in (*psutil.Process(head.pid).children(recursive=True), psutil.Process(head.pid)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        head.wait()
+
+
+def test_a_ray_head_that_is_killed(started, source, undisturbed, tmp_path):
+    """The run connects to the new head, or stops and continues when it is started again."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    store = str(tmp_path / "store")
+    with ray_head(port):
+        driver = started(store, RAY_ADDRESS=f"127.0.0.1:{port}")
+    reached = committed_checkpoints(artifact(source, store))[-1]
+    with ray_head(port):
+        if driver.process.wait(timeout=400) != 0:
+            run_to_the_end(driver, 400)
+    assert reached < TOTAL * BATCH
+    assert final_files(artifact(source, store)) == undisturbed
+    assert os.environ.get("RAY_ADDRESS") is None
