@@ -56,7 +56,7 @@ test: env  ## All fast tests
 test-slow: env  ## The end-to-end tests that take minutes
 	$(TEST_ENV) $(BIN)/python -m pytest -m slow -n 2 --timeout 1800
 
-test-soak: env  ## Kills, cancels and a browser: many minutes on a machine that does nothing else
+test-soak: env  ## Longer repetitions and a browser: many minutes on a machine that does nothing else
 	$(TEST_ENV) $(BIN)/python -m pytest -m soak --timeout 1800
 
 lint: env  ## Formatter, linter, types, import directions

@@ -48,9 +48,10 @@ def curves(home: Path) -> dict[str, list[tuple[int, float]]]:
     return found
 
 
-@pytest.mark.soak
 @pytest.mark.timeout(1500)
-@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("workers", [
+    pytest.param(1, marks=pytest.mark.soak), pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.soak),
+])  # fmt: skip
 def test_killed_and_continued_through_ray(workers, tmp_path, home):
     source = tiny.write_images(tmp_path / "images")
     sets = [*STEPS, *LENGTH, f"train_repae.workers={workers}", f"train_ldm.workers={workers}"]

@@ -101,7 +101,7 @@ def run_to_the_end(driver: Driver, seconds: float) -> float:
     return time.monotonic() - began
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_ten_kills_of_one_run(disturbed, tmp_path, monkeypatch):
     server, driver, source = disturbed

@@ -48,7 +48,7 @@ def wait_for(condition, seconds: float):
     return value
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_a_cancelled_training_leaves_nothing_and_goes_on(served, tmp_path):
     store, images = Store(str(tmp_path / "store")), tiny.write_images(tmp_path / "images")
