@@ -49,9 +49,9 @@ def curves(home: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 @pytest.mark.timeout(1500)
-@pytest.mark.parametrize("workers", [
-    pytest.param(1, marks=pytest.mark.soak), pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.soak),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "workers", [pytest.param(n, marks=pytest.mark.slow if n == 2 else pytest.mark.soak) for n in (1, 2, 3)]
+)
 def test_killed_and_continued_through_ray(workers, tmp_path, home):
     source = tiny.write_images(tmp_path / "images")
     sets = [*STEPS, *LENGTH, f"train_repae.workers={workers}", f"train_ldm.workers={workers}"]
