@@ -6,7 +6,7 @@ import logging
 import os
 from typing import Any
 
-from repae_core.artifacts import Artifact
+from repae_core.artifacts import Artifact, StoreError
 from repae_core.artifacts.checkpoints import committed_checkpoints
 from repae_core.config import TrainingConfig
 from tasks.ray_side_task import SideTask, start_beside
@@ -32,12 +32,20 @@ class CheckpointScores:
         self._running: tuple[int, SideTask] | None = None
         self._started = self._newest_due()  # scored before this attempt
 
-    def look(self) -> None:
-        """Take a finished score, start the one that is due."""
+    def look(self, images_seen: int) -> None:
+        """Take a finished score, start the one that is due at this position of the training."""
+        try:
+            self._look(images_seen)
+        except StoreError as error:
+            logger.warning("scores of checkpoints: %s", error)
+
+    def _look(self, images_seen: int) -> None:
         if self._running is not None and self._running[1].done():
             self._take()
+        if self._running is not None or images_seen < self._started + self._every:
+            return
         due = self._newest_due()
-        if self._running is not None or due <= self._started:
+        if due <= self._started:  # not uploaded yet
             return
         self._started = due
         task = start_beside(
@@ -50,10 +58,12 @@ class CheckpointScores:
 
     def finish(self) -> None:
         """After the training: the last checkpoint's score, where there is room."""
+        end = self._section.total_steps * self._section.batch_size
         for _ in range(2):  # the one that runs, and the last
-            self.look()
-            if self._running is not None and self._running[1].done(_LAST_SECONDS):
-                self._take()
+            self.look(end)
+            if self._running is not None:
+                self._running[1].done(_LAST_SECONDS)
+        self.look(end)
 
     def close(self) -> None:
         """End what still runs."""

@@ -43,7 +43,7 @@ def run_training(context: StageContext) -> dict[str, Any]:
         def on_report(message: dict[str, Any]) -> None:
             relay(context, message)
             if scores is not None:
-                scores.look()
+                scores.look(message["images_seen"])
 
         summary = launch(
             train_worker,
