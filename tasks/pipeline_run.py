@@ -13,7 +13,7 @@ from pathlib import Path
 from repae_core.artifacts import Artifact, RunRecord, StageRecord, Store, new_run_id, save_run
 from repae_core.config import STAGES, PipelineConfig, section_name, stage_name
 from tasks.display import Display
-from tasks.plan import Plan, make_plan
+from tasks.plan import Plan, make_plan, require_extractor_weights
 from tasks.progress_page import ProgressPage
 from tasks.ray_launch import RaySession
 from tasks.run_page import publish_run_page
@@ -112,6 +112,8 @@ def open_run(
     distributed = [name for name in map(section_name, STAGES) if getattr(getattr(config, name), "workers", 0)]
     if store.url.startswith("memory:") and distributed:
         raise ValueError(f"store: memory:// works only with {distributed[0]}.workers=0")
+    if kind in ("full-pipeline", "evaluate"):
+        require_extractor_weights(config)
     plan = make_plan(config, store, references=references)
     run_id = new_run_id()
     session, display = RaySession(), display or Display()

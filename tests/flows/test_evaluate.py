@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import tiny
 
 from repae_core.artifacts import Artifact, Store, save_run
 from repae_core.data import ImageShards
@@ -111,3 +112,14 @@ def test_compare(finished, call, tmp_path):
     code, _, err = call("compare", other.run_id, "unfinished", *store)
     assert code == 2
     assert "run unfinished has no finished evaluate" in err
+
+
+@pytest.mark.parametrize("kind", ["full-pipeline", "evaluate"])
+def test_missing_inception_weights_are_told_before_any_work(kind, tmp_path, home):
+    """However it is started (the command line, a deployment, a script), not when the images are there."""
+    from tasks.pipeline_run import open_run
+
+    config = tiny.config("digits", tmp_path / "store", "evaluate.extractor=inception")
+    with pytest.raises(ValueError, match="fetch it with `curl"), open_run(config, kind=kind):
+        pass
+    assert not list((tmp_path / "store").glob("runs/*"))
