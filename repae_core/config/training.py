@@ -163,7 +163,9 @@ class TrainingConfig(Config):
         3, "Failures of the workers without a new checkpoint in between that end the stage", ge=1
     )
     step_timeout: float = execution(
-        0.0, "Seconds after which a step counts as hanging; 0 = max(120 s, 10 x median)", ge=0
+        0.0,
+        "Seconds after which a step counts as hanging, waiting for the store included; 0 = max(120 s, 10 x median)",
+        ge=0,
     )
 
     @field_validator("mixed_precision", mode="before")

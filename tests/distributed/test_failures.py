@@ -24,7 +24,7 @@ TOTAL, BATCH = 120, 8
 SETTINGS = (
     "train_repae.model=SiT-Tiny/4", "train_repae.vae_warmup_steps=10", f"train_repae.max_steps={TOTAL - 10}",
     "train_repae.workers=2", "train_repae.cpus_per_worker=1", f"train_repae.batch_size={BATCH}",
-    "train_repae.checkpoint_every=10", "train_repae.step_timeout=15",
+    "train_repae.checkpoint_every=10",
 )  # fmt: skip
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -71,9 +71,9 @@ def started(source, tmp_path):
     """Starts the training on a store and waits for its first checkpoint; its processes end with the test."""
     drivers = []
 
-    def start(store: str, **variables: str) -> Driver:
+    def start(store: str, *more: str, **variables: str) -> Driver:
         run_to_the_end(Driver("preprocess", source, store, tmp_path / "data", *SETTINGS, **variables))
-        driver = Driver("train-repae", source, store, tmp_path / "training", *SETTINGS, **variables)
+        driver = Driver("train-repae", source, store, tmp_path / "training", *SETTINGS, *more, **variables)
         drivers.append(driver)
         driver.start()
         wait_for(driver, lambda: committed_checkpoints(artifact(source, store)))
@@ -87,7 +87,7 @@ def started(source, tmp_path):
 
 def test_a_worker_that_hangs_is_replaced(started, source, undisturbed, tmp_path):
     store = str(tmp_path / "store")
-    driver = started(store)
+    driver = started(store, "train_repae.step_timeout=15")
     driver.workers()[0].send_signal(signal.SIGSTOP)
     assert driver.process.wait(timeout=400) == 0, driver.log.read_text()[-3000:]
     assert "starting again" in driver.log.read_text()
