@@ -1,16 +1,10 @@
-"""A worker that hangs, a Ray head that is killed, a store away for a minute: the run ends with undisturbed weights."""
+"""A worker that hangs, a store away for a minute: the run ends with undisturbed weights."""
 
-import contextlib
-import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 import tiny
 from s3_server import BUCKET, S3Server
@@ -112,40 +106,3 @@ def test_a_store_that_is_away_for_a_minute(started, source, undisturbed, tmp_pat
     finally:
         server.process.send_signal(signal.SIGCONT)
         server.stop()
-
-
-@contextlib.contextmanager
-def ray_head(port: int):
-    """A Ray head of its own processes; killed at the end."""
-    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", f"--port={port}", "--num-cpus=2",
-               "--block", "--node-ip-address=127.0.0.1", "--include-dashboard=false", "--disable-usage-stats",
-               "--object-store-memory=100000000"]  # fmt: skip
-    head = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-                break
-            time.sleep(0.2)
-        yield
-    finally:
-        for process in (*psutil.Process(head.pid).children(recursive=True), psutil.Process(head.pid)):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        head.wait()
-
-
-def test_a_ray_head_that_is_killed(started, source, undisturbed, tmp_path):
-    """The run connects to the new head, or stops and continues when it is started again."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    store = str(tmp_path / "store")
-    with ray_head(port):
-        driver = started(store, RAY_ADDRESS=f"127.0.0.1:{port}")
-    reached = committed_checkpoints(artifact(source, store))[-1]
-    with ray_head(port):
-        if driver.process.wait(timeout=400) != 0:
-            run_to_the_end(driver, 400)
-    assert reached < TOTAL * BATCH
-    assert final_files(artifact(source, store)) == undisturbed
-    assert os.environ.get("RAY_ADDRESS") is None
