@@ -38,11 +38,14 @@ def serve_steps(payload: dict[str, Any], report: Any = None) -> dict[str, Any]:
     case = Case(**payload["case"])
     torch.set_num_threads(case.threads)
     group = open_group(use_gpu=case.device != "cpu")
-    with freed_memory_kept(), Client(tuple(payload["address"]), authkey=bytes.fromhex(payload["key"])) as parent:
-        stepper = Stepper(case, group)
-        parent.send((payload["group"], group.rank))
-        while parent.recv():
-            parent.send(stepper.timed_step())
+    with freed_memory_kept():
+        stepper = Stepper(
+            case, group
+        )  # before it connects: the parent takes one worker at a time, a group builds as one
+        with Client(tuple(payload["address"]), authkey=bytes.fromhex(payload["key"])) as parent:
+            parent.send((payload["group"], group.rank))
+            while parent.recv():
+                parent.send(stepper.timed_step())
     return {}
 
 
