@@ -12,7 +12,7 @@ COMPOSE ?= $(DOCKER) compose
 # e.g. BUILD_ARGS="--build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu" for a worker image without CUDA
 BUILD_ARGS ?=
 
-.PHONY: help env run serve stack stack-down deployments report test test-slow test-soak lint lock clean networks
+.PHONY: help env run serve stack stack-down stack-test deployments report test test-slow test-soak lint lock clean networks
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | column -t -s $$'\t'
@@ -40,6 +40,10 @@ stack: .env  ## Everything in containers (docker-compose.yml); secrets go into .
 
 stack-down:  ## Stop the containers; volumes stay (docker compose down --volumes removes them)
 	$(COMPOSE) down
+
+stack-test: env stack  ## Kill services under a pipeline in the stack, compare with a calm run (about 40 minutes)
+	$(BIN)/python infra/stack_test.py --compose "$(COMPOSE)"
+	$(BIN)/python infra/stack_security.py --compose "$(COMPOSE)"
 
 .env: infra/make_env.py
 	python3 infra/make_env.py .env

@@ -14,6 +14,7 @@ and its losses 17.4, SiT 1.3, encoder 0.32, discriminator 0.22, EMA 0.036; 7.8 G
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import resource
@@ -55,7 +56,7 @@ def measure(case: Case, steps: int) -> dict[str, Any]:
     from repae_core.training.host_memory import freed_memory_kept
 
     torch.set_num_threads(case.threads)
-    with freed_memory_kept() if case.kept_memory and case.device == "cpu" else tempfile.TemporaryDirectory():
+    with freed_memory_kept() if case.kept_memory and case.device == "cpu" else contextlib.nullcontext():
         before = _resident_bytes(case)
         peaks = [measured_peaks(case)]
         stepper = Stepper(case, open_group(use_gpu=case.device != "cpu"))

@@ -11,7 +11,9 @@ from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
 
-LOST_AFTER_SECONDS = 120  # longer than the lease of an artifact, so that the new process may take it over
+LOST_AFTER_SECONDS = (
+    90  # three heartbeats; more than the lease of an artifact, so that the new process may take it over
+)
 _NAME = "repae: start runs again that lost their process"
 _HEARTBEAT = "prefect.flow-run.heartbeat"
 _ENDS = {

@@ -21,6 +21,11 @@ _ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
     "OMP_WAIT_POLICY": "passive",
     "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS),  # what flows.automations watches
+    # Prefect's server or its database may be away for a minute or two; it answers 500 while the database is.
+    "PREFECT_CLIENT_MAX_RETRIES": "7",
+    "PREFECT_CLIENT_RETRY_EXTRA_CODES": "500",
+    "PREFECT_LOGGING_EXTRA_LOGGERS": "repae,repae_core",  # the stages' own lines on the run's page
+    "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",  # lines of background threads
     "PREFECT_TASKS_DEFAULT_RETRIES": "2",  # only of failures that may pass: see tasks.stage.may_pass
     "PREFECT_TASKS_DEFAULT_RETRY_DELAY_SECONDS": "20",
 }
@@ -36,7 +41,7 @@ class Target(NamedTuple):
 
 
 TARGETS = (
-    Target("dev", "quickstart", "on this worker's machine", {}),
+    Target("dev", "quickstart", "on this worker's machine", {"REPAE_STAGE_TIMEOUT_SECONDS": str(6 * 3600)}),
     Target(
         "gpu",
         "imagenet256-sdvae",

@@ -34,6 +34,13 @@ def load_vae(artifact: Artifact) -> KLVAE:
     return vae.eval().requires_grad_(False)
 
 
+def load_checkpoint_vae(joint: Artifact, images_seen: int) -> KLVAE:
+    """The VAE of a committed joint checkpoint, in eval mode."""
+    vae = build_vae(read_record(joint, images_seen)["vae"])
+    vae.load_state_dict(load_safetensors(joint.read_bytes(f"{FOLDER}/{images_seen}/vae.safetensors")))
+    return vae.eval().requires_grad_(False)
+
+
 def load_untuned_vae(tuned: Artifact) -> KLVAE | None:
     """The VAE that the joint training behind an extract-vae artifact started from; None where that is not kept."""
     manifest = tuned.manifest()

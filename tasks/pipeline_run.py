@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 
-from repae_core.artifacts import Artifact, RunRecord, StageRecord, Store, new_run_id, save_run
+from repae_core.artifacts import RunRecord, StageRecord, Store, new_run_id, save_run
 from repae_core.config import STAGES, PipelineConfig, section_name, stage_name
 from tasks.display import Display
 from tasks.plan import Plan, make_plan, require_extractor_weights
@@ -62,25 +60,6 @@ class PipelineRun:
         with contextlib.suppress(OSError):
             self.display.update(stage, done, total, note=note)
         self.page.update(stage, done, total, note=note)
-
-    @contextlib.contextmanager
-    def log_file(self, artifact: Artifact, stage: str) -> Iterator[None]:
-        """Everything logged inside also goes to `logs/<stage>.log` of the artifact, when the block ends."""
-        with tempfile.TemporaryDirectory() as scratch:
-            path = Path(scratch) / f"{stage}.log"
-            handler = logging.FileHandler(path)
-            handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {self.run_id} {stage} %(message)s"))
-            loggers = [logging.getLogger(name) for name in ("repae", "repae_core")]
-            for each in loggers:
-                each.setLevel(logging.INFO)
-                each.addHandler(handler)
-            try:
-                yield
-            finally:
-                for each in loggers:
-                    each.removeHandler(handler)
-                handler.close()
-                artifact.write_bytes(f"logs/driver-{self.run_id}.log", path.read_bytes())
 
 
 def forced_stages(names: Iterable[str]) -> set[str]:

@@ -54,5 +54,6 @@ def start_beside(
     free = ray.available_resources() if ray.is_initialized() else {}
     if free.get("CPU", 0) < cpus or free.get("GPU", 0) < gpus:
         return None
-    remote: Any = cast(Any, ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0))(work)
+    # max_calls: its process ends with it; with the low priority that `work` may take, Ray must not use it for a worker.
+    remote: Any = cast(Any, ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0, max_calls=1))(work)
     return SideTask(remote.remote(payload))

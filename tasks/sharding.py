@@ -33,6 +33,8 @@ def write_shards(
         context.progress(min(sum(done.values()), message["total"]), message["total"])
 
     payload = {
+        "run": context.run.run_id,
+        "workers": workers,
         "config": context.config.model_dump(mode="json"),
         "out": artifact_reference(context.artifact),
         "inputs": {role: artifact_reference(artifact) for role, artifact in context.inputs.items()},
@@ -45,6 +47,6 @@ def write_shards(
         cpus_per_worker=cpus_per_worker,
         gpus_per_worker=gpus_per_worker,
         max_failures=MAX_FAILURES,
-        position=lambda: len(context.artifact.files()),
+        position=lambda: sum(not name.startswith("logs/") for name in context.artifact.files()),
         on_report=relay,
     )

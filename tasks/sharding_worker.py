@@ -6,13 +6,14 @@ Prefect nor MLflow.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from repae_core.artifacts import Artifact
 from repae_core.config import PipelineConfig
-from tasks.training_worker import final_errors, open_artifact, torch_threads
+from tasks.training_worker import final_errors, open_artifact, torch_threads, worker_log
 
 if TYPE_CHECKING:
     import torch
@@ -33,8 +34,7 @@ def preprocess_worker(payload: dict[str, Any], report: Report) -> dict[str, Any]
     from repae_core.data.preprocess import write_missing_shards
 
     config = PipelineConfig.model_validate(payload["config"])
-    rank, world = _rank_and_world()
-    with final_errors(config.preprocess.workers > 0):
+    with _working(payload) as (rank, world):
         source = open_source(config.preprocess.source)
         if source.listing_digest() != payload["listing"]:
             raise ValueError(
@@ -57,9 +57,8 @@ def latent_worker(payload: dict[str, Any], report: Report) -> dict[str, Any]:
 
     config = PipelineConfig.model_validate(payload["config"])
     section = config.cache_latents
-    rank, world = _rank_and_world()
     inputs = {role: open_artifact(reference) for role, reference in payload["inputs"].items()}
-    with final_errors(section.workers > 0), torch_threads(section.threads):
+    with _working(payload) as (rank, world), torch_threads(section.threads):
         write_missing_latents(
             latent_work(config, inputs, open_artifact(payload["out"])),
             rank=rank,
@@ -78,9 +77,8 @@ def generate_worker(payload: dict[str, Any], report: Report) -> dict[str, Any]:
 
     config = PipelineConfig.model_validate(payload["config"])
     section = config.generate
-    rank, world = _rank_and_world()
     inputs = {role: open_artifact(reference) for role, reference in payload["inputs"].items()}
-    with final_errors(section.workers > 0), torch_threads(section.threads):
+    with _working(payload) as (rank, world), torch_threads(section.threads):
         generator = sample_generator(config, inputs).to(_device(section.gpus_per_worker))
         write_missing_samples(
             sample_work(config, inputs, open_artifact(payload["out"])),
@@ -100,9 +98,8 @@ def evaluation_worker(payload: dict[str, Any], report: Report) -> dict[str, Any]
 
     config = PipelineConfig.model_validate(payload["config"])
     section = config.evaluate
-    rank, world = _rank_and_world()
     inputs = {role: open_artifact(reference) for role, reference in payload["inputs"].items()}
-    with final_errors(section.workers > 0):
+    with _working(payload) as (rank, world):
         write_missing_parts(
             evaluation(config, inputs, open_artifact(payload["out"])).work,
             rank=rank,
@@ -215,9 +212,12 @@ def _device(gpus: int) -> torch.device:
     return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpus else "cpu")
 
 
-def _rank_and_world() -> tuple[int, int]:
-    """As Ray Train sets them in its workers; one worker where nothing is set."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+@contextlib.contextmanager
+def _working(payload: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
+    """Rank and number of workers, as Ray Train sets them; log and errors of the block as the driver expects them."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    with final_errors(payload["workers"] > 0), worker_log(payload, open_artifact(payload["out"]), rank):
+        yield rank, world
 
 
 def _reporter(rank: int, report: Report) -> Callable[[int, int], None]:

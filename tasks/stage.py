@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from tasks.outbox import PROGRAMMING_ERRORS
 from tasks.pipeline_run import PipelineRun
 from tasks.plan import VERSIONS, Decision, PlannedStage, decide, stale_input
 from tasks.ray_launch import FinalError, WorkersFailedError
+from tasks.stage_log import stage_log
 from tasks.tracking import StageRun
 
 logger = logging.getLogger("repae")
@@ -79,8 +81,10 @@ def stage_task(name: str) -> Callable[[Callable[[PipelineRun], dict[str, Any]]],
     """A stage as a Prefect task. Its own artifact decides what is skipped, so Prefect caches nothing.
 
     It is retried as often as PREFECT_TASKS_DEFAULT_RETRIES says (deployments set it), and continues then where it was.
+    REPAE_STAGE_TIMEOUT_SECONDS ends an attempt that takes longer; without it only a training step's time is watched.
     """
-    return task(name=name, cache_policy=NO_CACHE, retry_condition_fn=may_pass)
+    limit = float(os.environ.get("REPAE_STAGE_TIMEOUT_SECONDS") or 0) or None
+    return task(name=name, cache_policy=NO_CACHE, retry_condition_fn=may_pass, timeout_seconds=limit)
 
 
 def may_pass(_task: Any, _task_run: Any, state: State[Any]) -> bool:
@@ -183,7 +187,7 @@ def _prepared(run: PipelineRun, planned: PlannedStage, decision: Decision) -> It
             )
             tracking.log_config({"seed": run.config.seed} | run.config.section(planned.name).model_dump(mode="json"))
             tracking.log_inputs({role: a.uri for role, a in planned.inputs.items()}, artifact.uri)
-            with run.log_file(artifact, planned.name):
+            with stage_log(artifact, f"driver-{run.run_id}", run_id=run.run_id):
                 yield StageContext(run, planned, lease, tracking)
 
 

@@ -29,6 +29,7 @@ def run_training(context: StageContext) -> dict[str, Any]:
     assert isinstance(section, TrainingConfig)
     artifact = context.artifact
     payload = {
+        "run": context.run.run_id,
         "stage": context.planned.name,
         "config": context.config.model_dump(mode="json"),
         "store": artifact.store.url,

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
 import json
-import logging
 import os
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from repae_core.artifacts import Artifact, LeaseLost, Store, StoreError, check_lease
 from tasks.ray_launch import FinalError, FinalInputError, preempted
+from tasks.stage_log import stage_log
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -21,7 +19,7 @@ Report = Callable[[dict[str, Any]], None]
 def train_worker(payload: dict[str, Any], report: Report) -> dict[str, Any]:
     """Train one stage on this worker; rank 0's summary.
 
-    payload: stage, resolved config, store URL, fingerprints of the output and of the inputs, lease owner.
+    payload: run, stage, resolved config, store URL, fingerprints of the output and of the inputs, lease owner.
 
     Raises:
         FinalError: bad input, a store that stays away, a lost lease or a non-finite loss: a restart would not help.
@@ -56,7 +54,7 @@ def _train(payload: dict[str, Any], report: Report) -> dict[str, Any]:
     inputs = {role: open_artifact(reference) for role, reference in payload["inputs"].items()}
     group = open_group(use_gpu=section.gpus_per_worker > 0)
     memory = freed_memory_kept() if group.device.type == "cpu" else contextlib.nullcontext()
-    with memory, torch_threads(payload["threads"]), _log_file(folder, f"logs/rank{group.rank}.log"):
+    with memory, torch_threads(payload["threads"]), worker_log(payload, folder, group.rank):
         run: TrainingRun = _BUILDERS[payload["stage"]](config, inputs, folder, group)
         history = run.run(
             report=lambda progress: report(dataclasses.asdict(progress)) if group.is_main else None,
@@ -79,7 +77,8 @@ def score_worker(payload: dict[str, Any]) -> dict[str, Any]:
     from repae_core.stages.checkpoint_scores import score_checkpoint
 
     os.nice(10)
-    os.chdir(payload["folder"])
+    with contextlib.suppress(OSError):  # on the driver's machine relative paths of a config mean the same
+        os.chdir(payload["folder"])
     with torch_threads(payload["threads"]):
         return score_checkpoint(
             PipelineConfig.model_validate(payload["config"]),
@@ -90,6 +89,11 @@ def score_worker(payload: dict[str, Any]) -> dict[str, Any]:
             count=payload["count"],
             device=torch.device("cuda" if payload["gpu"] else "cpu"),
         )
+
+
+def worker_log(payload: Mapping[str, Any], folder: Artifact, rank: int) -> contextlib.AbstractContextManager[None]:
+    """This worker's log lines in `logs/rank<rank>.log`, under Ray also on its error output."""
+    return stage_log(folder, f"rank{rank}", run_id=payload["run"], rank=rank, to_stderr=payload["workers"] > 0)
 
 
 @contextlib.contextmanager
@@ -142,25 +146,3 @@ def _caches(section: Any) -> dict[str, Any]:
 
 
 _BUILDERS = {"train-repae": _joint, "train-ldm": _ldm}
-
-
-@contextlib.contextmanager
-def _log_file(folder: Artifact, name: str) -> Iterator[None]:
-    """Log records of this worker, written to the artifact when the block ends, however it ends."""
-    stream = io.StringIO()
-    handler = logging.StreamHandler(stream)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
-    loggers = [logging.getLogger(each) for each in ("repae", "repae_core")]
-    for logger in loggers:
-        logger.setLevel(logging.INFO)
-        logger.addHandler(handler)
-    try:
-        yield
-    except BaseException:
-        stream.write(traceback.format_exc())
-        raise
-    finally:
-        for logger in loggers:
-            logger.removeHandler(handler)
-        with contextlib.suppress(StoreError):  # what ended the worker is the news, not that its log is lost
-            folder.write_bytes(name, stream.getvalue().encode())

@@ -10,6 +10,8 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import s3fs
+
 BUCKET = "repae"
 _PORTS = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc",
           "s3.port", "s3.port.grpc", "admin.port", "admin.port.grpc")  # fmt: skip
@@ -31,6 +33,7 @@ class S3Server:
 
     def start(self, seconds: float = 60.0) -> None:
         """Start, and wait until it answers."""
+        s3fs.S3FileSystem.clear_instance_cache()  # they keep the address of an earlier server of this process
         folder = self._folder
         folder.mkdir(parents=True, exist_ok=True)
         unused = (

@@ -65,6 +65,13 @@ class Driver:
                 [sys.executable, "-c", SCRIPT, *self.arguments], env=variables, stdout=log, stderr=log
             )
 
+    def run(self, seconds: float) -> float:
+        """Start it and wait for its good end, at most so long; seconds it took."""
+        began = time.monotonic()
+        self.start()
+        assert self.process.wait(timeout=seconds) == 0, self.log.read_text()[-3000:]
+        return time.monotonic() - began
+
     def reports(self) -> list[dict[str, Any]]:
         """Every report that a driver has got so far."""
         path = Path(self.arguments[3])

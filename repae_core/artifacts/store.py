@@ -142,7 +142,7 @@ class Store:
         base = self._path(prefix) if prefix else self.root
         if self.is_local:
             return dict(walk_files(base))
-        found = self._try(prefix or ".", lambda: self.fs.find(base, detail=True))
+        found = self._try(prefix or None, lambda: self.fs.find(base, detail=True))
         # S3 servers also list markers of folders.
         files = {name: info for name, info in sorted(found.items()) if info["type"] == "file" and name != base}
         return {name[len(base) + 1 :]: int(info["size"]) for name, info in files.items()}
@@ -222,8 +222,10 @@ class Store:
         except FileNotFoundError:
             raise FileNotFoundError(f"{self.uri(key)} does not exist") from None
 
-    def _try(self, key: str, action: Callable[[], T]) -> T:
-        """Run an idempotent action, again after a disturbance while the time budget lasts."""
+    def _try(self, key: str | None, action: Callable[[], T]) -> T:
+        """Run an idempotent action on a key (None: the store), again after disturbances while the time budget lasts."""
+        if key is not None:
+            _checked(key)  # here too: a refusal is no disturbance
         deadline, pause = time.monotonic() + self.retry_seconds, 0.2
         while True:
             try:

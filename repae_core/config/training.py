@@ -168,7 +168,7 @@ class TrainingConfig(Config):
         ge=0,
     )
 
-    @field_validator("mixed_precision", mode="before")
+    @field_validator("mixed_precision", "vae_mixed_precision", mode="before", check_fields=False)
     @classmethod
     def _yaml_no(cls, value: Any) -> Any:
         return "no" if value is False else value  # YAML 1.1 reads an unquoted `no` as false
@@ -252,11 +252,6 @@ class TrainRepaeConfig(TrainingConfig):
         "", "File of the first latent statistics (latents_scale, latents_bias); empty = measured", content=True
     )
     latent_stats_images: int = output(10_000, "Images on which the first latent statistics are measured", ge=2)
-
-    @field_validator("vae_mixed_precision", mode="before")
-    @classmethod
-    def _yaml_no_vae(cls, value: Any) -> Any:
-        return "no" if value is False else value
 
     @field_validator("perceptual_loss", mode="before")
     @classmethod

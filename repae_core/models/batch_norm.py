@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from repae_core.collectives import sum_over_ranks, world_size
+from repae_core.models.precision import at_least_fp32
 
 
 class GlobalBatchNorm2d(nn.BatchNorm2d):
@@ -25,7 +26,7 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         return normalised
 
     def _by_global_statistics(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = at_least_fp32(x)
         count = torch.tensor([x.numel() / x.shape[1]], device=x.device, dtype=torch.float64)
         total = sum_over_ranks(torch.cat([wide.sum((0, 2, 3)).double(), count]))
         n, mean = total[-1], total[:-1] / total[-1]

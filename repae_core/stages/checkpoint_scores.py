@@ -8,12 +8,10 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
-from repae_core.artifact_models import load_sit, load_vae
+from repae_core.artifact_models import load_checkpoint_vae, load_sit, load_vae
 from repae_core.artifacts import Artifact
-from repae_core.artifacts.checkpoints import FOLDER
 from repae_core.config import PipelineConfig
 from repae_core.data import ImageShards, batch_indices
 from repae_core.evaluation import (
@@ -26,7 +24,6 @@ from repae_core.evaluation import (
     score_samples,
 )
 from repae_core.generation import Generator, SamplerSettings, sample_labels
-from repae_core.models import KLVAE, build_vae
 
 REFERENCE_IMAGES = 10_000  # at most so many real images, the same in every score of a run
 
@@ -57,7 +54,7 @@ def score_checkpoint(
     settings = SamplerSettings(
         chosen.sampler, chosen.sampler_steps, chosen.guidance, chosen.guidance_interval, path=record["path"]
     )
-    decoder = load_vae(vae) if vae is not None else _vae_of_checkpoint(training, images_seen, record["vae"])
+    decoder = load_vae(vae) if vae is not None else load_checkpoint_vae(training, images_seen)
     generator = Generator(sit, decoder, settings).to(device)
     labels = torch.from_numpy(sample_labels("equal", count, sit.num_classes, config.seed))
 
@@ -68,18 +65,11 @@ def score_checkpoint(
     return score_samples(extractor(samples()), reference, extractor.distance_name, neighbours=section.neighbours)
 
 
-def _vae_of_checkpoint(training: Artifact, images_seen: int, spec: dict[str, object]) -> KLVAE:
-    vae = build_vae(spec)
-    vae.load_state_dict(load_safetensors(training.read_bytes(f"{FOLDER}/{images_seen}/vae.safetensors")))
-    return vae.eval()
-
-
 def _reference(images: ImageShards, extractor: FeatureExtractor, *, seed: int, batch_size: int) -> Reference:
     """Of up to `REFERENCE_IMAGES` preprocessed images; computed once a store."""
     count = min(REFERENCE_IMAGES, len(images))
     chosen = np.sort(batch_indices(len(images), seed=seed, images_seen=0, batch_size=count))
-    shards = [shard["tar"]["sha256"] for shard in images.index["shards"]]
-    named = ["checkpoint scores", extractor.name, extractor.weights_sha256, shards, seed, count]
+    named = ["checkpoint scores", extractor.name, extractor.weights_sha256, images.content_sha256, seed, count]
     key = hashlib.sha256(json.dumps(named).encode()).hexdigest()[:32]
     description = f"{count:,} preprocessed images"
     found = saved_reference(images.artifact.store, key, description=description, sha256=key)

@@ -21,6 +21,8 @@ from repae_core.artifacts import Artifact
 from repae_core.artifacts.checkpoints import FOLDER
 from repae_core.training.state import JointState, LDMState
 
+_FORMER_NAMES = {"gradient_accumulation_steps": "accumulation_steps"}  # in checkpoints that `init_from` may name
+
 
 def write_snapshot(target: Path, state: LDMState, record: dict[str, Any]) -> None:
     """The files of a checkpoint in a new local folder; every rank takes part, rank 0 writes.
@@ -71,7 +73,7 @@ def load_checkpoint(
             f"{state.group.world_size}; set workers={record['world_size']}, or --force the stage to start anew"
         )
     for setting, ours in (rounding or {}).items():
-        theirs = record.get(setting, ours)
+        theirs = record.get(setting, record.get(_FORMER_NAMES.get(setting, ""), ours))
         if theirs != ours:
             raise ValueError(
                 f"{folder.uri}: checkpoint {images_seen} was written with {setting}={theirs}, this run has {ours}; set "

@@ -17,7 +17,7 @@ def freed_memory_kept() -> Iterator[None]:
     """Inside, glibc keeps freed memory for the next allocation; elsewhere (musl, macOS) nothing changes.
 
     It returns large blocks to the system by default, which hands them out again page by page, zeroed: a sixth of a
-    VAE step's time (`benchmarks/step.py --allocator system` measures it).
+    VAE step's time (`benchmarks/step.py` measures both).
     """
     libc: Any = None
     with suppress(OSError, AttributeError):

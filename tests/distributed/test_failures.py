@@ -33,11 +33,6 @@ def final_files(folder: Artifact) -> dict[str, bytes]:
     return {leaf: folder.read_bytes(f"{name}/{leaf}") for leaf in folder.files(name)}
 
 
-def run_to_the_end(driver: Driver, seconds: float = 300) -> None:
-    driver.start()
-    assert driver.process.wait(timeout=seconds) == 0, driver.log.read_text()[-3000:]
-
-
 def wait_for(driver: Driver, condition: Callable[[], object], seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -56,7 +51,7 @@ def undisturbed(source, tmp_path_factory) -> dict[str, bytes]:
     """Files of the last checkpoint of a run that nothing happens to."""
     root = tmp_path_factory.mktemp("undisturbed")
     for stage in ("preprocess", "train-repae"):
-        run_to_the_end(Driver(stage, source, str(root / "store"), root / stage, *SETTINGS))
+        Driver(stage, source, str(root / "store"), root / stage, *SETTINGS).run(300)
     return final_files(artifact(source, str(root / "store")))
 
 
@@ -66,7 +61,7 @@ def started(source, tmp_path):
     drivers = []
 
     def start(store: str, *more: str, **variables: str) -> Driver:
-        run_to_the_end(Driver("preprocess", source, store, tmp_path / "data", *SETTINGS, **variables))
+        Driver("preprocess", source, store, tmp_path / "data", *SETTINGS, **variables).run(300)
         driver = Driver("train-repae", source, store, tmp_path / "training", *SETTINGS, *more, **variables)
         drivers.append(driver)
         driver.start()

@@ -20,11 +20,6 @@ STEPS = [f"{stage}.{field}" for stage in ("train_repae", "train_ldm") for field 
 LENGTH = ["train_repae.vae_warmup_steps=2", f"train_repae.max_steps={TOTAL - 2}", f"train_ldm.max_steps={TOTAL}"]
 
 
-def run(driver: Driver) -> None:
-    driver.start()
-    assert driver.process.wait(timeout=400) == 0, driver.log.read_text()[-3000:]
-
-
 def run_killed(driver: Driver, store: Store, stage: str) -> None:
     """Once killed as soon as the first checkpoint is whole, with all its processes, and started again."""
     driver.start()
@@ -35,7 +30,7 @@ def run_killed(driver: Driver, store: Store, stage: str) -> None:
     driver.process.wait()
     (folder,) = (Artifact(store, stage, name) for name in store.folders(stage))
     assert committed_checkpoints(folder)[-1] < TOTAL * BATCH, "killed too late: the test proves nothing"
-    run(driver)
+    driver.run(400)
 
 
 def curves(home: Path) -> dict[str, list[tuple[int, float]]]:
@@ -65,7 +60,7 @@ def test_killed_and_continued_through_ray(workers, tmp_path, home):
                 if name == "killed" and stage.startswith("train"):
                     run_killed(driver, store, stage)
                 else:
-                    run(driver)
+                    driver.run(400)
                 assert driver.left_after(30) == []
             finally:
                 driver.end()

@@ -93,14 +93,6 @@ def disturbed(tmp_path, home):
         server.stop()
 
 
-def run_to_the_end(driver: Driver, seconds: float) -> float:
-    """Start it as often as it needs; seconds it took."""
-    began = time.monotonic()
-    driver.start()
-    assert driver.process.wait(timeout=seconds) == 0, driver.log.read_text()[-3000:]
-    return time.monotonic() - began
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_ten_kills_of_one_run(disturbed, tmp_path, monkeypatch):
@@ -110,8 +102,8 @@ def test_ten_kills_of_one_run(disturbed, tmp_path, monkeypatch):
     clean = Driver("train-repae", source, str(tmp_path / "store"), tmp_path / "clean", *SETTINGS)
     for each in (clean, driver):
         preprocess = Driver("preprocess", source, each.arguments[2], tmp_path / f"{each.home.name}-data", *SETTINGS)
-        run_to_the_end(preprocess, 120)
-    quiet = run_to_the_end(clean, 240)
+        preprocess.run(120)
+    quiet = clean.run(240)
     seed = random.randrange(10**6)
     rng, began = random.Random(seed), time.monotonic()
     victims, outages = rng.sample(KILLS, len(KILLS)), rng.sample(OUTAGES, len(OUTAGES))

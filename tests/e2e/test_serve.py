@@ -42,4 +42,4 @@ def test_pipeline_then_one_stage_from_deployments(tmp_path):
         assert gpu == {"repae-gpu-training"}
         (automation,) = server.ask("automations/filter", {})
         assert automation["enabled"]
-        assert automation["trigger"]["within"] == 120
+        assert automation["trigger"]["within"] == 90

@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jsonschema
 import kubernetes_validate
 import pytest
+import ray
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,15 +90,41 @@ def test_dockerfile_lint():
     assert not re.search(r"(?i)(password|secret|token)=", text)
 
 
+def validate_ray_cluster(document):
+    """Of KubeRay: its own fields, and each group's pod as Kubernetes checks it."""
+    jsonschema.validate(document, yaml.safe_load((ROOT / "tests" / "infra" / "raycluster.schema.yaml").read_text()))
+    for group in [document["spec"]["headGroupSpec"], *document["spec"]["workerGroupSpecs"]]:
+        template = {"metadata": {"name": "x"}} | group["template"]
+        kubernetes_validate.validate({"apiVersion": "v1", "kind": "Pod"} | template, "1.33", strict=True)
+
+
 @pytest.mark.parametrize("file", sorted((ROOT / "infra" / "kubernetes").glob("*.yaml")), ids=lambda p: p.name)
 def test_manifests_fit_the_schemas(file):
     for document in yaml.safe_load_all(file.read_text()):
         if document["apiVersion"] == "ray.io/v1":
-            groups = [document["spec"]["headGroupSpec"], *document["spec"]["workerGroupSpecs"]]
-            for group in groups:  # KubeRay's own schema is not published as a package; its pods are Kubernetes'
-                pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": group["template"]["spec"]}
-                kubernetes_validate.validate(pod, "1.33", strict=True)
-                assert group["rayStartParams"] is not None
-            assert {"groupName", "replicas", "minReplicas", "maxReplicas"} <= set(groups[1])
+            validate_ray_cluster(document)
         else:
             kubernetes_validate.validate(document, "1.33", strict=True)
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        (("spec", "workerGroupSpecs", 0, "maxReplica"), 8),
+        (("spec", "headGroupSpec", "rayStartParams", "num-cpus"), 0),
+        (("spec", "headGroupSpec", "template", "spec", "container"), []),
+    ],
+)
+def test_a_wrong_ray_cluster_is_seen(where, value):
+    document = yaml.safe_load((ROOT / "infra" / "kubernetes" / "ray-cluster.yaml").read_text())
+    inner = document
+    for key in where[:-1]:
+        inner = inner[key]
+    inner[where[-1]] = value
+    with pytest.raises((jsonschema.ValidationError, kubernetes_validate.ValidationError)):
+        validate_ray_cluster(document)
+
+
+def test_ray_launcher_file():
+    schema = json.loads((Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text())
+    jsonschema.validate(yaml.safe_load((ROOT / "infra" / "ray-cluster.yaml").read_text()), schema)

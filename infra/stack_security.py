@@ -1,0 +1,121 @@
+"""Tries to get into the running compose stack, and looks for its secrets where they must not be.
+
+    .venv/bin/python infra/stack_security.py            # `make stack-test` runs it too; a minute
+
+Wrong Ray token, wrong S3 key, wrong Host header; ports beyond loopback; users and capabilities of the containers; every
+secret of .env in the images, the containers' logs, the databases and the text files of the store.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+
+from backup import BUCKETS, ROOT, environment, open_s3
+
+SECRETS = ("PASSWORD", "SECRET", "TOKEN", "_KEY")
+IMAGES = ("repae-control", "repae-worker")
+TEXT = (".json", ".jsonl", ".log", ".html", ".yaml", ".md", ".txt")
+JOIN = "import ray; ray.init(address='ray-head:6379', logging_level='ERROR'); print(ray.cluster_resources())"
+
+
+class Stack:
+    """The stack as its operator reaches it."""
+
+    def __init__(self, compose: list[str]) -> None:
+        self.compose, self.variables = compose, environment()
+        self.secrets = {n: v for n, v in self.variables.items() if n.endswith(SECRETS) and len(v) >= 20}
+
+    def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """A command's result."""
+        return subprocess.run(command, cwd=ROOT, check=check, capture_output=True, text=True, timeout=300)
+
+    def exec(self, service: str, *command: str, token: str | None = None) -> subprocess.CompletedProcess[str]:
+        """A command inside a service's container."""
+        given = ["-e", f"RAY_AUTH_TOKEN={token}"] if token else []
+        return self.run(*self.compose, "exec", "-T", *given, service, *command, check=False)
+
+
+def refusals(stack: Stack) -> Iterator[str]:
+    """What got in although it should not."""
+    if stack.exec("worker", "python", "-c", JOIN, token="0" * 48).returncode == 0:
+        yield "Ray: a wrong token is accepted"
+    right = stack.exec("worker", "python", "-c", JOIN)
+    if right.returncode:
+        yield f"Ray: the right token is refused: {right.stderr.strip()[-200:]}"
+    for wrong in ({"S3_SECRET_KEY": "0" * 48}, {"S3_ACCESS_KEY": "0" * 48}):
+        try:
+            open_s3(stack.variables | wrong).ls("repae")
+        except OSError:
+            continue
+        yield f"S3: a wrong {next(iter(wrong))} is accepted"
+    open_s3(stack.variables).ls("repae")
+    port = stack.variables.get("MLFLOW_PORT", "5000")
+    for host, expected in (("evil.example.org", 403), (f"127.0.0.1:{port}", 200)):
+        url = f"http://127.0.0.1:{port}/api/2.0/mlflow/experiments/get?experiment_id=0"
+        try:
+            with urllib.request.urlopen(urllib.request.Request(url, headers={"Host": host}), timeout=20) as answer:
+                status = answer.status
+        except urllib.error.HTTPError as error:
+            status = error.code
+        if status != expected:
+            yield f"MLflow: Host {host} is answered with {status}, not {expected}"
+
+
+def exposures(stack: Stack) -> Iterator[str]:
+    """Ports beyond loopback, and containers with more rights than they need."""
+    ids = stack.run(*stack.compose, "ps", "--quiet").stdout.split()
+    for container in json.loads(stack.run("docker", "inspect", *ids).stdout):
+        name, host = container["Name"], container["HostConfig"]
+        for port, bindings in (container["NetworkSettings"]["Ports"] or {}).items():
+            if any(binding["HostIp"] != "127.0.0.1" for binding in bindings or ()):
+                yield f"{name}: port {port} is open beyond loopback"
+        if host["Privileged"] or "no-new-privileges:true" not in (host["SecurityOpt"] or ()):
+            yield f"{name}: more privileges than needed"
+        if "repae-" in container["Config"]["Image"] and (container["Config"]["User"] in ("", "0", "root")):
+            yield f"{name}: runs as root"
+
+
+def leaks(stack: Stack) -> Iterator[str]:
+    """Places where a secret can be read."""
+    tag = stack.variables.get("REPAE_TAG", "dev")
+    places = {"logs of the containers": stack.run(*stack.compose, "logs", "--no-color", "--no-log-prefix").stdout}
+    for image in (f"{name}:{tag}" for name in IMAGES):
+        places[f"layers of {image}"] = (
+            stack.run("docker", "history", "--no-trunc", image).stdout + stack.run("docker", "inspect", image).stdout
+        )
+    for database in ("prefect", "mlflow"):
+        dump = stack.exec("postgres", "pg_dump", "-U", "postgres", database)
+        places[f"database {database}"] = dump.stdout
+        if len(dump.stdout) < 1000:
+            yield f"database {database} could not be read: {dump.stderr.strip()[-200:]}"
+    places["docker-compose.yml"] = (ROOT / "docker-compose.yml").read_text()
+    for place, text in places.items():
+        yield from (f"{name} in {place}" for name, secret in stack.secrets.items() if secret in text)
+    fs = open_s3(stack.variables)
+    for key in (key for bucket in BUCKETS for key in fs.find(bucket) if key.endswith(TEXT)):
+        content = fs.cat_file(key).decode(errors="replace")
+        yield from (f"{name} in s3://{key}" for name, secret in stack.secrets.items() if secret in content)
+    patterns = [part for secret in stack.secrets.values() for part in ("-e", secret)]
+    for image in (f"{name}:{tag}" for name in IMAGES):
+        folders = ("/app", "/home", "/tmp", "/etc", "/root", "/usr/local/bin")
+        grep = ["docker", "run", "--rm", "--user", "0", "--entrypoint", "grep", image, "-rlF", *patterns, *folders]
+        yield from (f"a secret in {file} of {image}" for file in stack.run(*grep, check=False).stdout.split())
+
+
+def main() -> int:
+    """0 when nothing is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--compose", default="docker compose", help="command of Docker Compose")
+    stack = Stack(parser.parse_args().compose.split())
+    problems = [*refusals(stack), *exposures(stack), *leaks(stack)]
+    print("\n".join(problems) or f"{len(stack.secrets)} secrets found nowhere; wrong token, keys and host refused")
+    return bool(problems)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

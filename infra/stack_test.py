@@ -1,0 +1,230 @@
+"""Kills services of the running compose stack under a pipeline, which must end with the artifacts of a calm one.
+
+    make stack-test                                              # builds and starts the stack; about 40 minutes
+    .venv/bin/python infra/stack_test.py --faults s3 postgres    # only these, on a stack that runs
+
+Two runs of `full-pipeline/dev`, each in an empty store: one calm, one in which a Ray worker, the Prefect worker,
+MLflow, S3 and Postgres are killed one after the other (SIGKILL, started again after 20 s). A fault is healed when its
+service is healthy and a checkpoint, shard or artifact newer than the fault is in the store.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import time
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from backup import environment
+
+ROOT = Path(__file__).resolve().parents[1]
+FAULTS = ("ray-worker", "worker", "mlflow", "s3", "postgres")
+DOWN_SECONDS, HEALED_WITHIN = 20.0, 180.0
+# More checkpoints than the quick start writes: a fault costs the time since the last one.
+OVERRIDES = {"train_repae": {"checkpoint_every": 25}, "train_ldm": {"checkpoint_every": 50}}
+ENDS = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The services as seen from this machine."""
+
+    compose: list[str]
+    variables: dict[str, str]
+
+    def ask(self, what: str, body: dict[str, Any] | None = None) -> Any:
+        """Prefect's API: GET without a body, else POST."""
+        url = f"http://127.0.0.1:{self.variables.get('PREFECT_PORT', '4200')}/api/{what}"
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return json.load(answer)
+
+    def container(self, service: str) -> str:
+        """Id of the service's first container, running or not."""
+        listed = self._run(*self.compose, "ps", "--all", "--quiet", service)
+        return listed.split()[0]
+
+    def kill(self, container: str) -> None:
+        """SIGKILL of the main process; Docker leaves it down."""
+        self._run("docker", "kill", container)
+
+    def start(self, container: str) -> None:
+        """Start a killed container again."""
+        self._run("docker", "start", container)
+
+    def is_healthy(self, container: str) -> bool:
+        """By its own health check."""
+        return self._run("docker", "inspect", "--format", "{{.State.Health.Status}}", container).strip() == "healthy"
+
+    def _run(self, *command: str) -> str:
+        return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=120).stdout
+
+
+class Run:
+    """A run of `full-pipeline/dev` in a store of its own; started again where it failed."""
+
+    def __init__(self, stack: Stack, name: str) -> None:
+        from repae_core.artifacts import Store
+
+        self.stack = stack
+        self.url = f"s3://repae/stack-test/{uuid.uuid4().hex[:8]}-{name}"
+        self.store = Store(self.url, retry_seconds=1)
+        self.reruns: list[str] = []
+        self.start()
+
+    def start(self) -> None:
+        """A new flow run on the same store."""
+        deployment = self.stack.ask("deployments/name/full-pipeline/dev")["id"]
+        body = {
+            "parameters": {"preset": "quickstart", "overrides": OVERRIDES},
+            "job_variables": {"env": {"REPAE_STORE": self.url}},
+            "state": {"type": "SCHEDULED"},
+        }
+        self.id = self.stack.ask(f"deployments/{deployment}/create_flow_run", body)["id"]
+
+    def has_completed(self) -> bool:
+        """Whether it is finished; a failed one is started again, and that is noted."""
+        state = self.stack.ask(f"flow_runs/{self.id}")["state"]
+        if state["type"] in ENDS[1:]:
+            self.reruns.append(f"{state['name']}: {state['message']}")
+            self.start()
+        return bool(state["type"] == "COMPLETED")
+
+    def finished_work(self) -> int:
+        """Number of committed checkpoints, shards and artifacts."""
+        names = ("manifest.json", "commit.json", ".tar", ".index.json")
+        return sum(name.endswith(names) for name in self.store.files())
+
+
+def patiently(action: Callable[[], Any]) -> Any:
+    """Its value; None while a service that it asks is away."""
+    try:
+        return action()
+    except (OSError, ValueError, subprocess.CalledProcessError):  # among them URLError and StoreError
+        return None
+
+
+def wait_for(what: str, condition: Callable[[], Any], seconds: float) -> float:
+    """Seconds until it holds.
+
+    Raises:
+        TimeoutError: it did not.
+    """
+    began = time.monotonic()
+    while not patiently(condition):
+        if time.monotonic() > began + seconds:
+            raise TimeoutError(f"waited {seconds:.0f} s for {what}")
+        time.sleep(1)
+    return time.monotonic() - began
+
+
+def disturb(run: Run, service: str) -> dict[str, Any]:
+    """Kill a service at a moment of progress, start it again, wait until work goes on; what that took."""
+    stack, container = run.stack, run.stack.container(service)
+    reruns, before = len(run.reruns), run.finished_work()
+    wait_for("progress before the fault", lambda: run.finished_work() > before, 600)
+    killed, done = time.monotonic(), run.finished_work()
+    stack.kill(container)
+    time.sleep(DOWN_SECONDS)
+    stack.start(container)
+    wait_for(f"{service} to be healthy", lambda: stack.is_healthy(container), 600)
+    healthy = time.monotonic() - killed
+    wait_for(f"progress after {service}", lambda: run.has_completed() or run.finished_work() > done, 900)
+    healed = time.monotonic() - killed
+    print(f"{service:12} healthy after {healthy:4.0f} s, healed after {healed:4.0f} s", flush=True)
+    return {"service": service, "healthy": healthy, "healed": healed, "reruns": run.reruns[reruns:]}
+
+
+def differences(calm: Run, disturbed: Run) -> Iterator[str]:
+    """What is not the same in both stores; logs and lists of times are not compared."""
+    from repae_core.artifacts import Artifact
+    from repae_core.config import STAGES
+
+    for stage in STAGES:
+        names = calm.store.folders(stage)
+        if names != disturbed.store.folders(stage):
+            yield f"{stage}: other artifacts"
+            continue
+        for name in names:
+            ours, theirs = (Artifact(run.store, stage, name) for run in (calm, disturbed))
+            contents = []
+            for artifact in (ours, theirs):
+                yield from artifact.verify()
+                manifest = artifact.manifest()
+                contents.append({f.name: f.sha256 for f in manifest.files} if manifest else {})
+            for file in sorted(set(contents[0]) | set(contents[1])):
+                if contents[0].get(file) != contents[1].get(file) and not file.startswith("logs/"):
+                    yield f"{stage}/{name}/{file}"
+
+
+def curves(stack: Stack, run: Run) -> dict[str, list[tuple[int, float]]]:
+    """Every loss of both trainings in MLflow."""
+    from mlflow import MlflowClient
+
+    from repae_core.artifacts import Artifact
+
+    client = MlflowClient(f"http://127.0.0.1:{stack.variables.get('MLFLOW_PORT', '5000')}")
+    found = {}
+    for stage in ("train-repae", "train-ldm"):
+        (folder,) = (Artifact(run.store, stage, name) for name in run.store.folders(stage))
+        manifest = folder.manifest()
+        assert manifest is not None
+        logged = client.get_run(str(manifest.mlflow_run_id))
+        assert logged.info.status == "FINISHED", f"MLflow run of {stage}: {logged.info.status}"
+        for name in logged.data.metrics:
+            if "loss" in name:
+                history = client.get_metric_history(logged.info.run_id, name)
+                found[f"{stage} {name}"] = sorted((point.step, point.value) for point in history)
+    return found
+
+
+def main() -> int:
+    """0 when every fault healed in time and nothing differs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--faults", nargs="*", choices=FAULTS, default=FAULTS)
+    parser.add_argument("--compose", default="docker compose", help="command of Docker Compose")
+    chosen = parser.parse_args()
+    variables = environment()
+    os.environ |= {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{variables.get('S3_PORT', '8333')}",
+        "AWS_ACCESS_KEY_ID": variables["S3_ACCESS_KEY"],
+        "AWS_SECRET_ACCESS_KEY": variables["S3_SECRET_KEY"],
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    stack = Stack(chosen.compose.split(), variables)
+
+    calm = Run(stack, "calm")
+    print(f"calm run {calm.id} in {calm.url}", flush=True)
+    calm_seconds = wait_for("the calm run", calm.has_completed, 3600)
+    print(f"finished after {calm_seconds:.0f} s", flush=True)
+    disturbed, began = Run(stack, "disturbed"), time.monotonic()
+    print(f"disturbed run {disturbed.id} in {disturbed.url}", flush=True)
+    wait_for("the first shard", disturbed.finished_work, 600)
+    faults = [disturb(disturbed, service) for service in chosen.faults]
+    wait_for("the disturbed run", disturbed.has_completed, 3600)
+    print(f"finished after {time.monotonic() - began:.0f} s", flush=True)
+
+    problems = [f"differs: {line}" for line in differences(calm, disturbed)]
+    if curves(stack, calm) != curves(stack, disturbed):
+        problems.append("the losses in MLflow differ")
+    problems += [
+        f"{f['service']}: healed only after {f['healed']:.0f} s" for f in faults if f["healed"] > HEALED_WITHIN
+    ]
+    problems += [
+        f"{f['service']}: run again after {f['reruns']}" for f in faults if f["reruns"] and f["service"] != "postgres"
+    ]
+    print("\n".join(problems) or "the same artifacts and losses, every fault healed within 3 minutes")
+    print(f"runs started again by hand: {disturbed.reruns or 'none'}")
+    return bool(problems)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
