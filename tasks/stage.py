@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import time
+from asyncio import CancelledError
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -83,8 +84,19 @@ def stage_task(name: str) -> Callable[[Callable[[PipelineRun], dict[str, Any]]],
     It is retried as often as PREFECT_TASKS_DEFAULT_RETRIES says (deployments set it), and continues then where it was.
     REPAE_STAGE_TIMEOUT_SECONDS ends an attempt that takes longer; without it only a training step's time is watched.
     """
-    limit = float(os.environ.get("REPAE_STAGE_TIMEOUT_SECONDS") or 0) or None
-    return task(name=name, cache_policy=NO_CACHE, retry_condition_fn=may_pass, timeout_seconds=limit)
+    return task(name=name, cache_policy=NO_CACHE, retry_condition_fn=may_pass, timeout_seconds=_time_limit())
+
+
+def _time_limit() -> float | None:
+    return float(os.environ.get("REPAE_STAGE_TIMEOUT_SECONDS") or 0) or None
+
+
+def _told(error: BaseException, name: str) -> BaseException:
+    """The error as people should read it: Prefect ends a task whose time is over with a bare CancelledError."""
+    limit = _time_limit()
+    if limit is None or not isinstance(error, CancelledError):
+        return error
+    return TimeoutError(f"{name} took longer than REPAE_STAGE_TIMEOUT_SECONDS={limit:.0f}; run again to continue")
 
 
 def may_pass(_task: Any, _task_run: Any, state: State[Any]) -> bool:
@@ -114,10 +126,11 @@ def run_stage(run: PipelineRun, name: str, execute: Execute) -> dict[str, Any]:
             outcome = execute(context)
             _commit(context, outcome, started)
     except BaseException as error:
-        message = " ".join(str(error).split())[:500] or type(error).__name__
+        failure = _told(error, name)
+        message = " ".join(str(failure).split())[:500] or type(failure).__name__
         seconds = time.monotonic() - started
         run.record_stage(name, record.model_copy(update={"status": "failed", "message": message, "seconds": seconds}))
-        raise
+        raise failure from error.__cause__
     seconds = time.monotonic() - started
     finished = {"status": "made", "seconds": seconds, "mlflow_run_id": context.tracking.run_id,
                 "made_by_run": run.run_id, "message": decision.reason}  # fmt: skip

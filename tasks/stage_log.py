@@ -35,7 +35,8 @@ def stage_log(
     try:
         yield
     except BaseException as error:
-        _LOGGERS[0].handle(_ended_by(error))
+        for handler in handlers:  # not for the terminal, which shows one line
+            handler.handle(_ended_by(error))
         raise
     finally:
         for each in _LOGGERS:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,7 +27,7 @@ class S3Server:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._ports = dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True))
-        self._credentials = {"AWS_ACCESS_KEY_ID": "test-key", "AWS_SECRET_ACCESS_KEY": "test-secret"}
+        self._credentials = {"AWS_ACCESS_KEY_ID": "test-key", "AWS_SECRET_ACCESS_KEY": f"secret-{uuid.uuid4().hex}"}
         self._endpoint = f"http://127.0.0.1:{self._ports['s3.port']}"
         self.variables = self._credentials | {"AWS_ENDPOINT_URL": self._endpoint, "AWS_DEFAULT_REGION": "us-east-1"}
         self.process: subprocess.Popen[bytes]

@@ -1,9 +1,11 @@
 """The whole pipeline in a real S3 server: the same fingerprints and bytes as on the local disk."""
 
+import json
 import os
 import subprocess
 import sys
 import uuid
+from pathlib import Path
 
 import pytest
 import s3fs
@@ -89,6 +91,18 @@ def test_command_with_ray_workers_and_a_shard_cache(bucket, server, tmp_path, ho
     for stage in STAGES:
         assert [Artifact(store, stage, name).verify() for name in store.folders(stage)] == [[]]
     assert any((home / "shards").iterdir())
+    logs = [name for name in store.files() if "/logs/" in name]
+    assert any(name.startswith("train-repae/") and name.endswith("/rank1.log") for name in logs)
+    line = json.loads(store.read_bytes(next(name for name in logs if "/logs/rank0" in name)).splitlines()[0])
+    assert {"time", "level", "run", "stage", "rank", "message"} <= set(line)
+    # No credential in the store, in MLflow's and Prefect's databases, or in any log, Ray's too.
+    secret = server["AWS_SECRET_ACCESS_KEY"].encode()
+    assert [name for name in store.files() if secret in store.read_bytes(name)] == []
+    ours = [path for path in home.rglob("*") if path.is_file()]
+    of_ray = [path for path in Path(f"/tmp/repae-ray-{os.getuid()}").glob("*/logs/worker-*")]
+    assert {"mlflow.db", "prefect.db"} <= {path.name for path in ours}
+    assert of_ray
+    assert [path for path in ours + of_ray if secret in path.read_bytes()] == []
     subprocess.run(
         [sys.executable, "-m", "flows.cli", "run", *values], env=variables, check=True, timeout=200, cwd=tmp_path
     )

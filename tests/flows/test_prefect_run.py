@@ -70,6 +70,21 @@ def test_run_then_skip_without_torch(place):
     assert [s.status for s in list_runs(Store(str(place / "store")))[0].stages.values()] == ["skipped"] * 7
 
 
+def test_a_stage_has_a_time_limit(place, monkeypatch):
+    settings = arguments(place, "train_repae.max_steps=100000", "train_repae.checkpoint_every=1000")
+    assert repae(place, "stage", "preprocess", *settings).returncode == 0
+    monkeypatch.setenv("REPAE_STAGE_TIMEOUT_SECONDS", "10")
+    result = repae(place, "stage", "train-repae", *settings)
+    assert result.returncode == 1
+    told = "train-repae took longer than REPAE_STAGE_TIMEOUT_SECONDS=10; run again to continue"
+    assert [line for line in result.stderr.splitlines() if line.startswith("repae: ")] == [f"repae: {told}"]
+    record = list_runs(Store(str(place / "store")))[0]
+    assert record.stages["train-repae"].message == told
+    assert not Artifact(Store(str(place / "store")), "train-repae", record.stages["train-repae"].fingerprint).exists(
+        "lease.json"
+    )
+
+
 def test_a_failure_is_one_line_and_exit_code_1(place):
     result = repae(place, "run", *arguments(place, "train_ldm.mixed_precision=fp16", "train_repae.learning_rate=1e30"))
     assert result.returncode == 1
