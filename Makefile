@@ -12,7 +12,7 @@ COMPOSE ?= $(DOCKER) compose
 # e.g. BUILD_ARGS="--build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu" for a worker image without CUDA
 BUILD_ARGS ?=
 
-.PHONY: help env run serve stack stack-down stack-test deployments report test test-slow test-soak lint lock clean networks
+.PHONY: help env run serve stack stack-down stack-test audit deployments report test test-slow test-soak lint lock clean networks
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | column -t -s $$'\t'
@@ -44,6 +44,10 @@ stack-down:  ## Stop the containers; volumes stay (docker compose down --volumes
 stack-test: env stack  ## Kill services under a pipeline in the stack, compare with a calm run (about 40 minutes)
 	$(BIN)/python infra/stack_test.py --compose "$(COMPOSE)"
 	$(BIN)/python infra/stack_security.py --compose "$(COMPOSE)"
+
+audit: env  ## Known vulnerabilities of the locked versions (asks the advisory database of the package index)
+	test -x $(VENV)-audit/bin/pip-audit || { $(PYTHON) -m venv $(VENV)-audit && $(VENV)-audit/bin/pip install --quiet pip-audit; }
+	$(VENV)-audit/bin/pip-audit --requirement requirements.lock --no-deps --disable-pip
 
 .env: infra/make_env.py
 	python3 infra/make_env.py .env

@@ -99,7 +99,7 @@ def test_command_with_ray_workers_and_a_shard_cache(bucket, server, tmp_path, ho
     secret = server["AWS_SECRET_ACCESS_KEY"].encode()
     assert [name for name in store.files() if secret in store.read_bytes(name)] == []
     ours = [path for path in home.rglob("*") if path.is_file()]
-    of_ray = [path for path in Path(f"/tmp/repae-ray-{os.getuid()}").glob("*/logs/worker-*")]
+    of_ray = list(Path(f"/tmp/repae-ray-{os.getuid()}").glob("*/logs/worker-*"))
     assert {"mlflow.db", "prefect.db"} <= {path.name for path in ours}
     assert of_ray
     assert [path for path in ours + of_ray if secret in path.read_bytes()] == []
