@@ -4,8 +4,8 @@
     .venv/bin/python infra/stack_test.py --faults s3 postgres    # only these, on a stack that runs
 
 Two runs of `full-pipeline/dev`, each in an empty store: one calm, one in which a Ray worker, the Prefect worker,
-MLflow, S3 and Postgres are killed one after the other (SIGKILL, started again after 20 s). A fault is healed when its
-service is healthy and a checkpoint, shard or artifact newer than the fault is in the store.
+MLflow, S3, Postgres and the Ray head are killed one after the other (SIGKILL, started again after 20 s). A fault is
+healed when its service is healthy and a checkpoint, shard or artifact newer than the fault is in the store.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 from backup import environment
 
 ROOT = Path(__file__).resolve().parents[1]
-FAULTS = ("ray-worker", "worker", "mlflow", "s3", "postgres")
+FAULTS = ("ray-worker", "worker", "mlflow", "s3", "postgres", "ray-head")
 DOWN_SECONDS, HEALED_WITHIN = 20.0, 180.0
 # More checkpoints than the quick start writes: a fault costs the time since the last one.
 OVERRIDES = {"train_repae": {"checkpoint_every": 25}, "train_ldm": {"checkpoint_every": 50}}
