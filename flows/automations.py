@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import cast
+from typing import Any, cast
 
 from prefect.automations import Automation
 from prefect.client.schemas.objects import StateType
@@ -51,8 +51,17 @@ def restart_lost_runs() -> None:
         ],
     )
     try:
-        automation.id = cast(Automation, Automation.read(name=_NAME)).id
+        present = cast(Automation, Automation.read(name=_NAME))
     except ValueError:
         automation.create()
-    else:
+        return
+    # An update forgets which runs it is waiting for: a worker that deploys at its start would save nobody.
+    if _content(present) != _content(automation):
+        automation.id = present.id
         automation.update()
+
+
+def _content(automation: Automation) -> dict[str, Any]:
+    content = automation.model_dump(mode="json", include={"description", "trigger", "actions", "enabled"})
+    content["trigger"].pop("id", None)
+    return content

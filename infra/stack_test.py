@@ -71,11 +71,10 @@ class Stack:
 class Run:
     """A run of `full-pipeline/dev` in a store of its own; started again where it failed."""
 
-    def __init__(self, stack: Stack, name: str) -> None:
+    def __init__(self, stack: Stack, url: str) -> None:
         from repae_core.artifacts import Store
 
-        self.stack = stack
-        self.url = f"s3://repae/stack-test/{uuid.uuid4().hex[:8]}-{name}"
+        self.stack, self.url = stack, url
         self.store = Store(self.url, retry_seconds=1)
         self.reruns: list[str] = []
         self.start()
@@ -190,6 +189,7 @@ def main() -> int:
     """0 when every fault healed in time and nothing differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", nargs="*", choices=FAULTS, default=FAULTS)
+    parser.add_argument("--calm", help="store of an earlier calm run, s3://...: its stages are skipped")
     parser.add_argument("--compose", default="docker compose", help="command of Docker Compose")
     chosen = parser.parse_args()
     variables = environment()
@@ -201,11 +201,12 @@ def main() -> int:
     }
     stack = Stack(chosen.compose.split(), variables)
 
-    calm = Run(stack, "calm")
+    place = f"s3://repae/stack-test/{uuid.uuid4().hex[:8]}"
+    calm = Run(stack, chosen.calm or f"{place}-calm")
     print(f"calm run {calm.id} in {calm.url}", flush=True)
     calm_seconds = wait_for("the calm run", calm.has_completed, 3600)
     print(f"finished after {calm_seconds:.0f} s", flush=True)
-    disturbed, began = Run(stack, "disturbed"), time.monotonic()
+    disturbed, began = Run(stack, f"{place}-disturbed"), time.monotonic()
     print(f"disturbed run {disturbed.id} in {disturbed.url}", flush=True)
     wait_for("the first shard", disturbed.finished_work, 600)
     faults = [disturb(disturbed, service) for service in chosen.faults]

@@ -1,6 +1,8 @@
 """`repae serve` and deployments, as its printed lines say."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import served
@@ -43,3 +45,6 @@ def test_pipeline_then_one_stage_from_deployments(tmp_path):
         (automation,) = server.ask("automations/filter", {})
         assert automation["enabled"]
         assert automation["trigger"]["within"] == 90
+        again = [sys.executable, "-c", "from flows.automations import restart_lost_runs as make; make()"]
+        subprocess.run(again, env=server.environment, check=True, timeout=120)
+        assert server.ask("automations/filter", {}) == [automation], "an update forgets the runs it waits for"
