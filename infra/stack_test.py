@@ -97,10 +97,10 @@ class Run:
             self.start()
         return bool(state["type"] == "COMPLETED")
 
-    def finished_work(self) -> int:
-        """Number of committed checkpoints, shards and artifacts."""
+    def finished_work(self) -> set[str]:
+        """Committed checkpoints (of which only the last are kept), shards and artifacts."""
         names = ("manifest.json", "commit.json", ".tar", ".index.json")
-        return sum(name.endswith(names) for name in self.store.files())
+        return {name for name in self.store.files() if name.endswith(names)}
 
 
 def patiently(action: Callable[[], Any]) -> Any:
@@ -129,14 +129,14 @@ def disturb(run: Run, service: str) -> dict[str, Any]:
     """Kill a service at a moment of progress, start it again, wait until work goes on; what that took."""
     stack, container = run.stack, run.stack.container(service)
     reruns, before = len(run.reruns), run.finished_work()
-    wait_for("progress before the fault", lambda: run.finished_work() > before, 600)
+    wait_for("progress before the fault", lambda: run.finished_work() - before, 600)
     killed, done = time.monotonic(), run.finished_work()
     stack.kill(container)
     time.sleep(DOWN_SECONDS)
     stack.start(container)
     wait_for(f"{service} to be healthy", lambda: stack.is_healthy(container), 600)
     healthy = time.monotonic() - killed
-    wait_for(f"progress after {service}", lambda: run.has_completed() or run.finished_work() > done, 900)
+    wait_for(f"progress after {service}", lambda: run.has_completed() or run.finished_work() - done, 900)
     healed = time.monotonic() - killed
     print(f"{service:12} healthy after {healthy:4.0f} s, healed after {healed:4.0f} s", flush=True)
     return {"service": service, "healthy": healthy, "healed": healed, "reruns": run.reruns[reruns:]}

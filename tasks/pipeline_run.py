@@ -7,8 +7,9 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import Literal
 
-from repae_core.artifacts import RunRecord, StageRecord, Store, new_run_id, save_run
+from repae_core.artifacts import RunRecord, StageRecord, Store, StoreError, new_run_id, save_run
 from repae_core.config import STAGES, PipelineConfig, section_name, stage_name
 from tasks.display import Display
 from tasks.plan import Plan, make_plan, require_extractor_weights
@@ -120,13 +121,20 @@ def open_run(
 
 @contextlib.contextmanager
 def _status_recorded(run: PipelineRun) -> Iterator[None]:
-    status = "failed"
     try:
         yield
-        status = "finished"
-    finally:
-        run.record = run.record.model_copy(update={"status": status})
+    except BaseException:
+        with contextlib.suppress(StoreError):  # what ended the run is the news
+            _record_status(run, "failed")
+        raise
+    _record_status(run, "finished")
+
+
+def _record_status(run: PipelineRun, status: Literal["failed", "finished"]) -> None:
+    run.record = run.record.model_copy(update={"status": status})
+    try:
         save_run(run.store, run.record)
+    finally:
         run.tracker.describe(_description(run.record))
         if run.record.prefect_flow_run_id:
             publish_run_page(run.store, run.record)

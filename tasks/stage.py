@@ -17,7 +17,7 @@ from typing import Any
 from prefect import State, Task, task
 from prefect.cache_policies import NO_CACHE
 
-from repae_core.artifacts import Artifact, FileEntry, InputEntry, Lease, LeaseHeld, LeaseLost, StageRecord
+from repae_core.artifacts import Artifact, FileEntry, InputEntry, Lease, LeaseHeld, LeaseLost, StageRecord, StoreError
 from repae_core.config import Config, PipelineConfig
 from tasks.outbox import PROGRAMMING_ERRORS
 from tasks.pipeline_run import PipelineRun
@@ -129,7 +129,9 @@ def run_stage(run: PipelineRun, name: str, execute: Execute) -> dict[str, Any]:
         failure = _told(error, name)
         message = " ".join(str(failure).split())[:500] or type(failure).__name__
         seconds = time.monotonic() - started
-        run.record_stage(name, record.model_copy(update={"status": "failed", "message": message, "seconds": seconds}))
+        failed = record.model_copy(update={"status": "failed", "message": message, "seconds": seconds})
+        with contextlib.suppress(StoreError):  # the failure itself is the news
+            run.record_stage(name, failed)
         raise failure from error.__cause__
     seconds = time.monotonic() - started
     finished = {"status": "made", "seconds": seconds, "mlflow_run_id": context.tracking.run_id,

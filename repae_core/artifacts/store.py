@@ -125,7 +125,8 @@ class Store:
         """Write a file only if there is none; whether it was this call that did. `data` names the writer."""
         try:
             if self.is_local:
-                self._link_new(self._path(key), data)
+                with self._full_disk_told(key):
+                    self._link_new(self._path(key), data)
             else:
                 self._try(key, lambda: self._pipe_new(self._path(key), data))
         except FileExistsError:
@@ -182,7 +183,7 @@ class Store:
         """A stream for large files: there, under its name, only when the block ends without an exception."""
         path = self._path(key)
         if self.is_local:
-            with temporary_beside(path) as (scratch, file):
+            with self._full_disk_told(key), temporary_beside(path) as (scratch, file):
                 stream = HashingWriter(file)
                 yield stream
                 file.flush()
@@ -200,6 +201,15 @@ class Store:
 
     def _path(self, key: str) -> str:
         return f"{self.root}/{_checked(key)}"
+
+    @contextlib.contextmanager
+    def _full_disk_told(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise StoreError(f"store {self.url}: {key}: {_reason(error)}") from None
 
     def _link_new(self, path: str, data: bytes) -> None:
         with temporary_beside(path) as (scratch, file):

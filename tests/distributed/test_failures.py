@@ -1,6 +1,8 @@
-"""A worker that hangs, a store away for a minute: the run ends with undisturbed weights."""
+"""A worker that hangs, a store away for a minute, a full disk: the run ends with undisturbed weights."""
 
+import contextlib
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -101,3 +103,33 @@ def test_a_store_that_is_away_for_a_minute(started, source, undisturbed, tmp_pat
     finally:
         server.process.send_signal(signal.SIGCONT)
         server.stop()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder that can be filled."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256m", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this user may not mount a small file system")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_full_disk_stops_it_and_damages_nothing(started, source, undisturbed, small_disk):
+    store = str(small_disk / "store")
+    driver, ballast = started(store), small_disk / "ballast"
+    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(1 << 12))
+    assert driver.process.wait(timeout=200) != 0
+    last = driver.log.read_text().strip().splitlines()[-1]
+    assert "No space left on device" in last
+    assert store in last
+    (reached, *_) = reversed(committed_checkpoints(artifact(source, store)))
+    assert reached < TOTAL * BATCH
+    ballast.unlink()
+    driver.run(400)
+    assert f"continued from checkpoint {reached}" in artifact(source, store).read_bytes("logs/rank0.log").decode()
+    assert final_files(artifact(source, store)) == undisturbed
