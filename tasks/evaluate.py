@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,8 @@ from tasks.pipeline_run import PipelineRun
 from tasks.sharding import write_shards
 from tasks.sharding_worker import evaluation, evaluation_worker
 from tasks.stage import StageContext, StageOutcome, run_stage, stage_task
+
+logger = logging.getLogger("repae")
 
 
 @stage_task("evaluate")
@@ -50,4 +53,7 @@ def execute(context: StageContext) -> StageOutcome:
 def _show_in_prefect(rows: list[dict[str, Any]], protocol: dict[str, str]) -> None:
     if FlowRunContext.get() is not None:
         words = "; ".join(f"{name}: {value}" for name, value in protocol.items())
-        create_table_artifact(table=rows, key="scores", description=words)
+        try:
+            create_table_artifact(table=rows, key="scores", description=words)
+        except Exception as error:  # the table is in the artifact and in MLflow
+            logger.warning("the scores are not on the run's page in Prefect: %s", " ".join(str(error).split())[:200])

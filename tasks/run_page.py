@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import logging
+import os
 
 from PIL import Image
 
@@ -39,7 +40,7 @@ def run_table(record: RunRecord) -> str:
         run = _mlflow_link(record, stage.mlflow_run_id)
         note = stage.message.replace("|", "\\|")
         lines.append(f"| {name} | {stage.status} | {stage.seconds or 0:.0f} | {run} | `{stage.uri}` | {note} |")
-    lines += ["", f"MLflow: `{record.mlflow_tracking_uri}`, parent {_mlflow_link(record, record.mlflow_run_id)}"]
+    lines += ["", f"MLflow: `{_mlflow_pages(record)}`, parent {_mlflow_link(record, record.mlflow_run_id)}"]
     return "\n".join(lines)
 
 
@@ -62,6 +63,10 @@ def sample_grid(store: Store, record: RunRecord) -> str:
 def _mlflow_link(record: RunRecord, run_id: str | None) -> str:
     if not run_id:
         return "-"
-    if not record.mlflow_tracking_uri.startswith("http"):
-        return f"`{run_id}`"
-    return f"[{run_id[:8]}]({record.mlflow_tracking_uri.rstrip('/')}/#/runs/{run_id})"
+    pages = _mlflow_pages(record)
+    return f"[{run_id[:8]}]({pages}/#/runs/{run_id})" if pages.startswith("http") else f"`{run_id}`"
+
+
+def _mlflow_pages(record: RunRecord) -> str:
+    """Where a browser finds MLflow; the name that the workers use may be known to them only."""
+    return (os.environ.get("REPAE_MLFLOW_UI") or record.mlflow_tracking_uri).rstrip("/")
