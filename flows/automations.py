@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Any, cast
+from typing import cast
 
 from prefect.automations import Automation
 from prefect.client.schemas.objects import StateType
@@ -55,13 +55,7 @@ def restart_lost_runs() -> None:
     except ValueError:
         automation.create()
         return
+    automation.id = present.id
     # An update forgets which runs it is waiting for: a worker that deploys at its start would save nobody.
-    if _content(present) != _content(automation):
-        automation.id = present.id
+    if automation != present:
         automation.update()
-
-
-def _content(automation: Automation) -> dict[str, Any]:
-    content = automation.model_dump(mode="json", include={"description", "trigger", "actions", "enabled"})
-    content["trigger"].pop("id", None)
-    return content
