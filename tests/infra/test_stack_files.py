@@ -12,6 +12,7 @@ import kubernetes_validate
 import pytest
 import ray
 import yaml
+from prefect.automations import Automation
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -128,3 +129,9 @@ def test_a_wrong_ray_cluster_is_seen(where, value):
 def test_ray_launcher_file():
     schema = json.loads((Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text())
     jsonschema.validate(yaml.safe_load((ROOT / "infra" / "ray-cluster.yaml").read_text()), schema)
+
+
+def test_the_notification_is_an_automation():
+    automation = Automation.model_validate(yaml.safe_load((ROOT / "infra" / "notify-on-failure.yaml").read_text()))
+    assert automation.trigger.expect == {"prefect.flow-run.Failed", "prefect.flow-run.Crashed"}
+    assert automation.actions[0].type == "send-notification"
