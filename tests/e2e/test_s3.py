@@ -85,15 +85,16 @@ def test_command_with_ray_workers_and_a_shard_cache(bucket, server, tmp_path, ho
     cached = [f"{stage}.shard_cache_gib=1" for stage in ("train_repae", "cache_latents", "train_ldm")]
     values = tiny.arguments([*fast, *workers, *cached, "train_repae.memory_cache_gib=0", "train_ldm.loader_workers=1"])
     command = [sys.executable, "-m", "flows.cli", "run", *values]
-    variables = os.environ | server | {"REPAE_STORE": bucket, "REPAE_HOME": str(home)}
+    places = {"REPAE_STORE": bucket, "REPAE_HOME": str(home), "PREFECT_HOME": str(home / "prefect")}
+    variables = os.environ | server | places
     subprocess.run(command, env=variables, check=True, timeout=600, cwd=tmp_path)
     store = Store(bucket)
     for stage in STAGES:
         assert [Artifact(store, stage, name).verify() for name in store.folders(stage)] == [[]]
     assert any((home / "shards").iterdir())
     logs = [name for name in store.files() if "/logs/" in name]
-    assert any(name.startswith("train-repae/") and name.endswith("/rank1.log") for name in logs)
-    line = json.loads(store.read_bytes(next(name for name in logs if "/logs/rank0" in name)).splitlines()[0])
+    (of_training,) = (name for name in logs if name.startswith("train-repae/") and name.endswith("/rank0.log"))
+    line = json.loads(store.read_bytes(of_training).splitlines()[0])
     assert {"time", "level", "run", "stage", "rank", "message"} <= set(line)
     # No credential in the store, in MLflow's and Prefect's databases, or in any log, Ray's too.
     secret = server["AWS_SECRET_ACCESS_KEY"].encode()
