@@ -11,9 +11,8 @@ from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
 
-LOST_AFTER_SECONDS = (
-    90  # three heartbeats; more than the lease of an artifact, so that the new process may take it over
-)
+# Three heartbeats, and longer than an artifact's lease, so that the new process may take it over.
+LOST_AFTER_SECONDS = 90
 _NAME = "repae: start runs again that lost their process"
 _HEARTBEAT = "prefect.flow-run.heartbeat"
 _ENDS = {

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 
-from backup import BUCKETS, ROOT, environment, open_s3
+from compose_stack import BUCKETS, ROOT, Stack
 
 SECRETS = ("PASSWORD", "SECRET", "TOKEN", "_KEY")
 IMAGES = ("repae-control", "repae-worker")
@@ -23,40 +22,23 @@ TEXT = (".json", ".jsonl", ".log", ".html", ".yaml", ".md", ".txt")
 JOIN = "import ray; ray.init(address='ray-head:6379', logging_level='ERROR'); print(ray.cluster_resources())"
 
 
-class Stack:
-    """The stack as its operator reaches it."""
-
-    def __init__(self, compose: list[str]) -> None:
-        self.compose, self.variables = compose, environment()
-        self.secrets = {n: v for n, v in self.variables.items() if n.endswith(SECRETS) and len(v) >= 20}
-
-    def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """A command's result."""
-        return subprocess.run(command, cwd=ROOT, check=check, capture_output=True, text=True, timeout=300)
-
-    def exec(self, service: str, *command: str, token: str | None = None) -> subprocess.CompletedProcess[str]:
-        """A command inside a service's container."""
-        given = ["-e", f"RAY_AUTH_TOKEN={token}"] if token else []
-        return self.run(*self.compose, "exec", "-T", *given, service, *command, check=False)
-
-
 def refusals(stack: Stack) -> Iterator[str]:
     """What got in although it should not."""
-    if stack.exec("worker", "python", "-c", JOIN, token="0" * 48).returncode == 0:
+    if stack.exec("worker", "python", "-c", JOIN, RAY_AUTH_TOKEN="0" * 48).returncode == 0:
         yield "Ray: a wrong token is accepted"
     right = stack.exec("worker", "python", "-c", JOIN)
     if right.returncode:
         yield f"Ray: the right token is refused: {right.stderr.strip()[-200:]}"
-    for wrong in ({"S3_SECRET_KEY": "0" * 48}, {"S3_ACCESS_KEY": "0" * 48}):
+    for name in ("S3_SECRET_KEY", "S3_ACCESS_KEY"):
         try:
-            open_s3(stack.variables | wrong).ls("repae")
+            stack.open_s3(**{name: "0" * 48}).ls("repae")
         except OSError:
             continue
-        yield f"S3: a wrong {next(iter(wrong))} is accepted"
-    open_s3(stack.variables).ls("repae")
-    port = stack.variables.get("MLFLOW_PORT", "5000")
-    for host, expected in (("evil.example.org", 403), (f"127.0.0.1:{port}", 200)):
-        url = f"http://127.0.0.1:{port}/api/2.0/mlflow/experiments/get?experiment_id=0"
+        yield f"S3: a wrong {name} is accepted"
+    stack.open_s3().ls("repae")
+    mlflow = stack.url("mlflow", 5000)
+    for host, expected in (("evil.example.org", 403), (mlflow.removeprefix("http://"), 200)):
+        url = f"{mlflow}/api/2.0/mlflow/experiments/get?experiment_id=0"
         try:
             with urllib.request.urlopen(urllib.request.Request(url, headers={"Host": host}), timeout=20) as answer:
                 status = answer.status
@@ -80,8 +62,13 @@ def exposures(stack: Stack) -> Iterator[str]:
             yield f"{name}: runs as root"
 
 
+def _secrets(stack: Stack) -> dict[str, str]:
+    return {name: v for name, v in stack.variables.items() if name.endswith(SECRETS) and len(v) >= 20}
+
+
 def leaks(stack: Stack) -> Iterator[str]:
     """Places where a secret can be read."""
+    secrets = _secrets(stack)
     tag = stack.variables.get("REPAE_TAG", "dev")
     places = {"logs of the containers": stack.run(*stack.compose, "logs", "--no-color", "--no-log-prefix").stdout}
     for image in (f"{name}:{tag}" for name in IMAGES):
@@ -95,12 +82,12 @@ def leaks(stack: Stack) -> Iterator[str]:
             yield f"database {database} could not be read: {dump.stderr.strip()[-200:]}"
     places["docker-compose.yml"] = (ROOT / "docker-compose.yml").read_text()
     for place, text in places.items():
-        yield from (f"{name} in {place}" for name, secret in stack.secrets.items() if secret in text)
-    fs = open_s3(stack.variables)
+        yield from (f"{name} in {place}" for name, secret in secrets.items() if secret in text)
+    fs = stack.open_s3()
     for key in (key for bucket in BUCKETS for key in fs.find(bucket) if key.endswith(TEXT)):
         content = fs.cat_file(key).decode(errors="replace")
-        yield from (f"{name} in s3://{key}" for name, secret in stack.secrets.items() if secret in content)
-    patterns = [part for secret in stack.secrets.values() for part in ("-e", secret)]
+        yield from (f"{name} in s3://{key}" for name, secret in secrets.items() if secret in content)
+    patterns = [part for secret in secrets.values() for part in ("-e", secret)]
     for image in (f"{name}:{tag}" for name in IMAGES):
         folders = ("/app", "/home", "/tmp", "/etc", "/root", "/usr/local/bin")
         grep = ["docker", "run", "--rm", "--user", "0", "--entrypoint", "grep", image, "-rlF", *patterns, *folders]
@@ -111,9 +98,9 @@ def main() -> int:
     """0 when nothing is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compose", default="docker compose", help="command of Docker Compose")
-    stack = Stack(parser.parse_args().compose.split())
+    stack = Stack(parser.parse_args().compose)
     problems = [*refusals(stack), *exposures(stack), *leaks(stack)]
-    print("\n".join(problems) or f"{len(stack.secrets)} secrets found nowhere; wrong token, keys and host refused")
+    print("\n".join(problems) or f"{len(_secrets(stack))} secrets found nowhere; wrong token, keys and host refused")
     return bool(problems)
 
 

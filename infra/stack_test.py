@@ -18,13 +18,10 @@ import time
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from backup import environment
+from compose_stack import Stack
 
-ROOT = Path(__file__).resolve().parents[1]
 FAULTS = ("ray-worker", "worker", "mlflow", "s3", "postgres", "ray-head")
 DOWN_SECONDS, HEALED_WITHIN = 20.0, 180.0
 # More checkpoints than the quick start writes: a fault costs the time since the last one.
@@ -32,66 +29,62 @@ OVERRIDES = {"train_repae": {"checkpoint_every": 25}, "train_ldm": {"checkpoint_
 ENDS = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
 
-@dataclass(frozen=True)
-class Stack:
-    """The services as seen from this machine."""
+class Services:
+    """The stack's containers and Prefect's API."""
 
-    compose: list[str]
-    variables: dict[str, str]
+    def __init__(self, stack: Stack) -> None:
+        self._stack = stack
 
     def ask(self, what: str, body: dict[str, Any] | None = None) -> Any:
         """Prefect's API: GET without a body, else POST."""
-        url = f"http://127.0.0.1:{self.variables.get('PREFECT_PORT', '4200')}/api/{what}"
         data = None if body is None else json.dumps(body).encode()
+        url = f"{self._stack.url('prefect', 4200)}/api/{what}"
         request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=20) as answer:
             return json.load(answer)
 
     def container(self, service: str) -> str:
         """Id of the service's first container, running or not."""
-        listed = self._run(*self.compose, "ps", "--all", "--quiet", service)
-        return listed.split()[0]
+        return self._stack.run(*self._stack.compose, "ps", "--all", "--quiet", service).stdout.split()[0]
 
     def kill(self, container: str) -> None:
         """SIGKILL of the main process; Docker leaves it down."""
-        self._run("docker", "kill", container)
+        self._stack.run("docker", "kill", container)
 
     def start(self, container: str) -> None:
         """Start a killed container again."""
-        self._run("docker", "start", container)
+        self._stack.run("docker", "start", container)
 
     def is_healthy(self, container: str) -> bool:
         """By its own health check."""
-        return self._run("docker", "inspect", "--format", "{{.State.Health.Status}}", container).strip() == "healthy"
-
-    def _run(self, *command: str) -> str:
-        return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=120).stdout
+        health = self._stack.run("docker", "inspect", "--format", "{{.State.Health.Status}}", container)
+        return health.stdout.strip() == "healthy"
 
 
 class Run:
     """A run of `full-pipeline/dev` in a store of its own; started again where it failed."""
 
-    def __init__(self, stack: Stack, url: str) -> None:
+    def __init__(self, services: Services, url: str) -> None:
         from repae_core.artifacts import Store
 
-        self.stack, self.url = stack, url
+        self.services, self.url = services, url
         self.store = Store(self.url, retry_seconds=1)
         self.reruns: list[str] = []
         self.start()
 
     def start(self) -> None:
         """A new flow run on the same store."""
-        deployment = self.stack.ask("deployments/name/full-pipeline/dev")["id"]
+        deployment = self.services.ask("deployments/name/full-pipeline/dev")["id"]
         body = {
             "parameters": {"preset": "quickstart", "overrides": OVERRIDES},
             "job_variables": {"env": {"REPAE_STORE": self.url}},
             "state": {"type": "SCHEDULED"},
         }
-        self.id = self.stack.ask(f"deployments/{deployment}/create_flow_run", body)["id"]
+        self.id = self.services.ask(f"deployments/{deployment}/create_flow_run", body)["id"]
 
     def has_completed(self) -> bool:
         """Whether it is finished; a failed one is started again, and that is noted."""
-        state = self.stack.ask(f"flow_runs/{self.id}")["state"]
+        state = self.services.ask(f"flow_runs/{self.id}")["state"]
         if state["type"] in ENDS[1:]:
             self.reruns.append(f"{state['name']}: {state['message']}")
             self.start()
@@ -127,14 +120,14 @@ def wait_for(what: str, condition: Callable[[], Any], seconds: float) -> float:
 
 def disturb(run: Run, service: str) -> dict[str, Any]:
     """Kill a service at a moment of progress, start it again, wait until work goes on; what that took."""
-    stack, container = run.stack, run.stack.container(service)
+    services, container = run.services, run.services.container(service)
     reruns, before = len(run.reruns), run.finished_work()
     wait_for("progress before the fault", lambda: run.finished_work() - before, 600)
     killed = time.monotonic()
-    stack.kill(container)
+    services.kill(container)
     time.sleep(DOWN_SECONDS)
-    stack.start(container)
-    wait_for(f"{service} to be healthy", lambda: stack.is_healthy(container), 600)
+    services.start(container)
+    wait_for(f"{service} to be healthy", lambda: services.is_healthy(container), 600)
     healthy, done = time.monotonic() - killed, patiently(run.finished_work) or set()
     wait_for(f"progress after {service}", lambda: run.has_completed() or run.finished_work() - done, 900)
     healed = time.monotonic() - killed
@@ -143,7 +136,7 @@ def disturb(run: Run, service: str) -> dict[str, Any]:
 
 
 def differences(calm: Run, disturbed: Run) -> Iterator[str]:
-    """What is not the same in both stores; logs and lists of times are not compared."""
+    """What is not the same in both stores, logs apart."""
     from repae_core.artifacts import Artifact
     from repae_core.config import STAGES
 
@@ -170,7 +163,7 @@ def curves(stack: Stack, run: Run) -> dict[str, list[tuple[int, float]]]:
 
     from repae_core.artifacts import Artifact
 
-    client = MlflowClient(f"http://127.0.0.1:{stack.variables.get('MLFLOW_PORT', '5000')}")
+    client = MlflowClient(stack.url("mlflow", 5000))
     found = {}
     for stage in ("train-repae", "train-ldm"):
         (folder,) = (Artifact(run.store, stage, name) for name in run.store.folders(stage))
@@ -192,21 +185,21 @@ def main() -> int:
     parser.add_argument("--calm", help="store of an earlier calm run, s3://...: its stages are skipped")
     parser.add_argument("--compose", default="docker compose", help="command of Docker Compose")
     chosen = parser.parse_args()
-    variables = environment()
+    stack = Stack(chosen.compose)
     os.environ |= {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{variables.get('S3_PORT', '8333')}",
-        "AWS_ACCESS_KEY_ID": variables["S3_ACCESS_KEY"],
-        "AWS_SECRET_ACCESS_KEY": variables["S3_SECRET_KEY"],
+        "AWS_ENDPOINT_URL": stack.url("s3", 8333),
+        "AWS_ACCESS_KEY_ID": stack.variables["S3_ACCESS_KEY"],
+        "AWS_SECRET_ACCESS_KEY": stack.variables["S3_SECRET_KEY"],
         "AWS_DEFAULT_REGION": "us-east-1",
     }
-    stack = Stack(chosen.compose.split(), variables)
+    services = Services(stack)
 
     place = f"s3://repae/stack-test/{uuid.uuid4().hex[:8]}"
-    calm = Run(stack, chosen.calm or f"{place}-calm")
+    calm = Run(services, chosen.calm or f"{place}-calm")
     print(f"calm run {calm.id} in {calm.url}", flush=True)
     calm_seconds = wait_for("the calm run", calm.has_completed, 3600)
     print(f"finished after {calm_seconds:.0f} s", flush=True)
-    disturbed, began = Run(stack, f"{place}-disturbed"), time.monotonic()
+    disturbed, began = Run(services, f"{place}-disturbed"), time.monotonic()
     print(f"disturbed run {disturbed.id} in {disturbed.url}", flush=True)
     wait_for("the first shard", disturbed.finished_work, 600)
     faults = [disturb(disturbed, service) for service in chosen.faults]

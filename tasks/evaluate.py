@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from functools import partial
 from typing import Any
 
-from prefect.artifacts import create_table_artifact
-from prefect.context import FlowRunContext
-
 from tasks.pipeline_run import PipelineRun
+from tasks.run_page import publish_scores
 from tasks.sharding import write_shards
 from tasks.sharding_worker import evaluation, evaluation_worker
 from tasks.stage import StageContext, StageOutcome, run_stage, stage_task
-
-logger = logging.getLogger("repae")
 
 
 @stage_task("evaluate")
@@ -46,14 +41,5 @@ def execute(context: StageContext) -> StageOutcome:
             context.tracking.log_picture(partial(context.artifact.read_bytes, f"{name}.png"), name)
     rows = [{"row": name} | {c: values.get(c) for c in metrics["columns"]} for name, values in metrics["rows"].items()]
     context.tracking.log_table(rows, "scores")
-    _show_in_prefect(rows, metrics["protocol"])
+    publish_scores(rows, metrics["protocol"])
     return StageOutcome(summary=metrics, scores=scores, workers=section.workers)
-
-
-def _show_in_prefect(rows: list[dict[str, Any]], protocol: dict[str, str]) -> None:
-    if FlowRunContext.get() is not None:
-        words = "; ".join(f"{name}: {value}" for name, value in protocol.items())
-        try:
-            create_table_artifact(table=rows, key="scores", description=words)
-        except Exception as error:  # the table is in the artifact and in MLflow
-            logger.warning("the scores are not on the run's page in Prefect: %s", " ".join(str(error).split())[:200])

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import logging
 import os
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from PIL import Image
 
@@ -20,10 +23,27 @@ def publish_run_page(store: Store, record: RunRecord) -> None:
     """Prefect artifacts `run` and `samples` of the flow run that is under way; failing to is only a warning."""
     from prefect.artifacts import create_markdown_artifact
 
-    try:
+    with _failure_is_a_warning():
         create_markdown_artifact(run_table(record), key="run", description=f"Run {record.run_id}: {record.status}")
         if grid := sample_grid(store, record):
             create_markdown_artifact(grid, key="samples", description="Samples, a row a class")
+
+
+def publish_scores(rows: list[dict[str, Any]], protocol: Mapping[str, str]) -> None:
+    """Prefect artifact `scores` of the flow run that is under way, if one is; failing to is only a warning."""
+    from prefect.artifacts import create_table_artifact
+    from prefect.context import FlowRunContext
+
+    if FlowRunContext.get() is not None:
+        words = "; ".join(f"{name}: {value}" for name, value in protocol.items())
+        with _failure_is_a_warning():
+            create_table_artifact(table=rows, key="scores", description=words)
+
+
+@contextlib.contextmanager
+def _failure_is_a_warning() -> Iterator[None]:
+    try:
+        yield
     except Exception as error:
         logger.warning("the run's page in Prefect is not complete: %s", " ".join(str(error).split())[:200])
 

@@ -91,12 +91,17 @@ def _time_limit() -> float | None:
     return float(os.environ.get("REPAE_STAGE_TIMEOUT_SECONDS") or 0) or None
 
 
-def _told(error: BaseException, name: str) -> BaseException:
-    """The error as people should read it: Prefect ends a task whose time is over with a bare CancelledError."""
-    limit = _time_limit()
-    if limit is None or not isinstance(error, CancelledError):
-        return error
-    return TimeoutError(f"{name} took longer than REPAE_STAGE_TIMEOUT_SECONDS={limit:.0f}; run again to continue")
+@contextlib.contextmanager
+def _time_limit_told(name: str) -> Iterator[None]:
+    """Prefect ends a task whose time is over with a bare CancelledError; a TimeoutError that people can read."""
+    try:
+        yield
+    except CancelledError:
+        limit = _time_limit()
+        if limit is None:
+            raise
+        told = f"{name} took longer than REPAE_STAGE_TIMEOUT_SECONDS={limit:.0f}; run again to continue"
+        raise TimeoutError(told) from None
 
 
 def may_pass(_task: Any, _task_run: Any, state: State[Any]) -> bool:
@@ -122,17 +127,17 @@ def run_stage(run: PipelineRun, name: str, execute: Execute) -> dict[str, Any]:
                          started_at=_now())  # fmt: skip
     run.record_stage(name, record)
     try:
-        with _prepared(run, planned, decision) as context, run.showing(name, decision.reason):
+        prepared, showing = _prepared(run, planned, decision), run.showing(name, decision.reason)
+        with _time_limit_told(name), prepared as context, showing:
             outcome = execute(context)
             _commit(context, outcome, started)
     except BaseException as error:
-        failure = _told(error, name)
-        message = " ".join(str(failure).split())[:500] or type(failure).__name__
+        message = " ".join(str(error).split())[:500] or type(error).__name__
         seconds = time.monotonic() - started
         failed = record.model_copy(update={"status": "failed", "message": message, "seconds": seconds})
         with contextlib.suppress(StoreError):  # the failure itself is the news
             run.record_stage(name, failed)
-        raise failure from error.__cause__
+        raise
     seconds = time.monotonic() - started
     finished = {"status": "made", "seconds": seconds, "mlflow_run_id": context.tracking.run_id,
                 "made_by_run": run.run_id, "message": decision.reason}  # fmt: skip

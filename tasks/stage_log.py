@@ -35,8 +35,9 @@ def stage_log(
     try:
         yield
     except BaseException as error:
+        record = _ended_by(error)
         for handler in handlers:  # not for the terminal, which shows one line
-            handler.handle(_ended_by(error))
+            handler.handle(record)
         raise
     finally:
         for each in _LOGGERS:

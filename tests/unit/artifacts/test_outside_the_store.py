@@ -1,7 +1,5 @@
 """No name that comes from a config, a manifest or an index leads out of the store."""
 
-import json
-
 import pytest
 
 from repae_core.artifacts import Artifact, Store, load_run, resolve_reference
@@ -80,7 +78,9 @@ def test_an_index_that_names_a_file_outside(store, stage, reader):
     folder = Artifact(store, stage, "f" * 16)
     shard = {"tar": {"name": "../../../secret.txt", "bytes": 17, "sha256": "0" * 64},
              "sidecar": "../../../secret.json", "latents": "../../../secret.txt"}  # fmt: skip
-    index = {"resolution": 8, "class_names": ["a"], "num_classes": 1, "shards": [shard], "latent_shape": [4, 1, 1]}
-    folder.write_bytes("index.json", json.dumps(index).encode())
-    with pytest.raises((ValueError, KeyError)):
+    index = {"resolution": 8, "class_names": ["a"], "num_classes": 1, "shards": [shard], "latent_shape": [4, 1, 1],
+             "flip": False, "encoders": [], "encoder_grid": None}  # fmt: skip
+    folder.write_json("index.json", index)
+    folder.write_json("latent_stats.json", {"scale": [1.0] * 4, "bias": [0.0] * 4})
+    with pytest.raises(ValueError, match="is not a path inside the store"):
         reader(folder)
