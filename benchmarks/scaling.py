@@ -51,7 +51,8 @@ def serve_steps(payload: dict[str, Any], report: Any = None) -> dict[str, Any]:
 
 def ray_group(payload: dict[str, Any], workers: int) -> None:
     """In a driver process of its own: the launch that training stages use."""
-    from tasks.ray_launch import RaySession, launch
+    from tasks.ray_launch import launch
+    from tasks.ray_session import RaySession
 
     session = RaySession()
     try:

@@ -65,7 +65,8 @@ def _seeds(text: str) -> list[int]:
 
 def _scores(config: PipelineConfig, name: str) -> Scores:
     """The rows of an arm's `metrics.json`; the arm is run first unless it is finished."""
-    from tasks.plan import decide_all, make_plan
+    from tasks.decisions import decide_all
+    from tasks.plan import make_plan
 
     plan = make_plan(config, Store(config.store))
     if any(decision.action != "skip" for decision in decide_all(plan, set()).values()):

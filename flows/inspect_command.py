@@ -16,8 +16,9 @@ from repae_core.config.environment import store_url
 def print_plan(preset: str, sets: Sequence[str], store: str, force: Sequence[str]) -> None:
     """What would happen to each stage, and why."""
     from flows.run_command import resolved
+    from tasks.decisions import decide_all
     from tasks.pipeline_run import forced_stages
-    from tasks.plan import decide_all, make_plan
+    from tasks.plan import make_plan
 
     config = resolved(preset, sets, store)
     opened = Store(config.store, retry_seconds=10)

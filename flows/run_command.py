@@ -52,8 +52,9 @@ def check_before_start(
     config: PipelineConfig, force: Sequence[str], only: str | None = None, inputs: str = "auto"
 ) -> None:
     """Everything that can be wrong in the input, before any service starts."""
+    from tasks.decisions import decide
     from tasks.pipeline_run import forced_stages
-    from tasks.plan import decide, input_references, make_plan, require_extractor_weights
+    from tasks.plan import input_references, make_plan, require_extractor_weights
     from tasks.stage import require_inputs
 
     forced = forced_stages(force)

@@ -110,7 +110,8 @@ def vae_rows(metrics: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _score(config: PipelineConfig) -> dict[str, Any]:
     """The scores of a point's samples; generated and scored first unless it was finished before."""
-    from tasks.plan import decide_all, make_plan
+    from tasks.decisions import decide_all
+    from tasks.plan import make_plan
 
     plan = make_plan(config, Store(config.store))
     if any(decision.action != "skip" for decision in decide_all(plan, set()).values()):

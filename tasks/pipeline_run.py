@@ -14,7 +14,7 @@ from repae_core.config import STAGES, PipelineConfig, section_name, stage_name
 from tasks.display import Display
 from tasks.plan import Plan, make_plan, require_extractor_weights
 from tasks.progress_page import ProgressPage
-from tasks.ray_launch import RaySession
+from tasks.ray_session import RaySession
 from tasks.run_page import publish_run_page
 from tasks.tracking import Tracker
 

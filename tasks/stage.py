@@ -19,9 +19,10 @@ from prefect.cache_policies import NO_CACHE
 
 from repae_core.artifacts import Artifact, FileEntry, InputEntry, Lease, LeaseHeld, LeaseLost, StageRecord, StoreError
 from repae_core.config import Config, PipelineConfig
+from tasks.decisions import Decision, decide, stale_input
 from tasks.outbox import PROGRAMMING_ERRORS
 from tasks.pipeline_run import PipelineRun
-from tasks.plan import VERSIONS, Decision, PlannedStage, decide, stale_input
+from tasks.plan import VERSIONS, PlannedStage
 from tasks.ray_launch import FinalError, WorkersFailedError
 from tasks.stage_log import stage_log
 from tasks.tracking import StageRun
@@ -88,7 +89,11 @@ def stage_task(name: str) -> Callable[[Callable[[PipelineRun], dict[str, Any]]],
 
 
 def _time_limit() -> float | None:
-    return float(os.environ.get("REPAE_STAGE_TIMEOUT_SECONDS") or 0) or None
+    given = os.environ.get("REPAE_STAGE_TIMEOUT_SECONDS") or "0"
+    try:
+        return max(float(given), 0) or None
+    except ValueError:
+        raise ValueError(f"REPAE_STAGE_TIMEOUT_SECONDS={given}: not a number of seconds") from None
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import sys
 SCRIPT = """
 import json
 import psutil
-from tasks.ray_launch import RaySession
+from tasks.ray_session import RaySession
 
 session = RaySession()
 session.connect(1)

@@ -3,7 +3,8 @@
 import psutil
 import pytest
 
-from tasks.ray_launch import RaySession, launch
+from tasks.ray_launch import launch
+from tasks.ray_session import RaySession
 
 
 def workers() -> list[psutil.Process]:

@@ -10,7 +10,8 @@ import tiny
 
 from repae_core.artifacts import Artifact, Store
 from repae_core.artifacts.checkpoints import committed_checkpoints
-from tasks.ray_launch import FinalError, RaySession, WorkersFailedError, launch
+from tasks.ray_launch import FinalError, WorkersFailedError, launch
+from tasks.ray_session import RaySession
 
 TWO = [f"{stage}.{field}" for stage in ("train_repae", "train_ldm") for field in ("workers=2", "cpus_per_worker=1")]
 
@@ -148,7 +149,7 @@ def test_failures_count_until_there_is_a_new_checkpoint(tmp_path):
 
 def test_an_unreachable_cluster_is_one_line(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    monkeypatch.setattr("tasks.ray_launch.time.sleep", lambda seconds: None)
-    monkeypatch.setattr("tasks.ray_launch._PROBE_SECONDS", 0.2)
+    monkeypatch.setattr("tasks.ray_session.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("tasks.ray_session._PROBE_SECONDS", 0.2)
     with pytest.raises(ConnectionError, match=r"RAY_ADDRESS=127\.0\.0\.1:1: no Ray cluster answers"):
         RaySession().connect()

@@ -18,8 +18,9 @@ from repae_core.artifacts import Artifact, Lease, LeaseHeld, Store, list_runs
 from repae_core.artifacts.checkpoints import committed_checkpoints
 from repae_core.config import STAGES
 from repae_core.stages.generate import read_samples
+from tasks.decisions import decide_all
 from tasks.pipeline_run import open_run
-from tasks.plan import decide_all, make_plan
+from tasks.plan import make_plan
 
 
 def states(record) -> dict[str, str]:

@@ -1,0 +1,128 @@
+"""The connection to a Ray cluster: the one at RAY_ADDRESS, or a private one on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, cast
+
+from repae_core.config.environment import repae_home
+from tasks.interruptible import signal_handlers_kept
+
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "60",  # a frozen process; Ray's default is ten minutes
+    "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "300",
+    "RAY_worker_niceness": "0",  # Ray's 15 would starve the training on a busy machine
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+logger = logging.getLogger("repae")
+
+_PROBE_SECONDS = 10.0
+_ANSWER_SECONDS = 30.0  # a busy machine takes seconds to start the process that answers
+_HEAD_SECONDS = 120.0  # a restarted Ray head is waited for
+
+
+class RaySession:
+    """A connection to RAY_ADDRESS, or a private local cluster that ends with this process."""
+
+    def __init__(self) -> None:
+        self.address: str | None = None
+
+    def connect(self, cpus: int = 0) -> None:
+        """Open the session if it is not open yet; `cpus`: what the workers will ask for.
+
+        Raises:
+            ConnectionError: RAY_ADDRESS does not answer (ray.init would wait for minutes).
+        """
+        if self.address is not None:
+            return
+        for name, value in _QUIET.items():
+            os.environ.setdefault(name, value)
+        given = os.environ.get("RAY_ADDRESS")
+        if given:
+            _probe(given)
+        else:
+            # Else Ray takes the machine's address for 127.0.0.1, and then listens on every interface.
+            os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        import ray
+
+        with signal_handlers_kept():
+            context: Any = ray.init(
+                address=given,
+                include_dashboard=None if given else False,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+                namespace="repae",
+                **({} if given else _private_cluster(cpus)),
+            )
+        self.address = context.address_info["address"]
+
+    def recover(self) -> None:
+        """After a failure: a new private cluster; of a given one only the connection, if it does not answer any more.
+
+        Ray Train frees the CPUs of a group that failed by asking the dashboard, which a private cluster has not: they
+        would stay reserved, and the next group would wait for them for ever.
+        """
+        given = os.environ.get("RAY_ADDRESS")
+        if not given:
+            self.close()
+            return
+        import ray
+
+        try:
+            ray.get(cast(Any, ray.remote(num_cpus=0)(_answer)).remote(), timeout=_ANSWER_SECONDS)
+        except Exception:
+            logger.warning("the Ray cluster does not answer; connecting anew")
+            self.close()
+            _probe(given, _HEAD_SECONDS)
+
+    def close(self) -> None:
+        """End the session, and the private cluster with it."""
+        if self.address is not None:
+            import ray
+
+            with signal_handlers_kept():
+                ray.shutdown()
+            self.address = None
+
+
+def _answer() -> bool:
+    return True
+
+
+def _private_cluster(cpus: int) -> dict[str, Any]:
+    scratch = Path(tempfile.gettempdir()) / f"repae-ray-{os.getuid()}"  # socket paths must stay short
+    scratch.mkdir(mode=0o700, exist_ok=True)
+    (repae_home() / "ray").mkdir(exist_ok=True)
+    return {
+        # On a machine with fewer CPUs than asked for, Ray would wait for ever; slower is better.
+        "num_cpus": max(cpus, os.cpu_count() or 1),
+        "object_store_memory": 200_000_000,
+        "_temp_dir": str(scratch),
+        "_node_ip_address": "127.0.0.1",
+    }
+
+
+def _probe(address: str, seconds: float | None = None) -> None:
+    if address in ("auto", "local"):
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    deadline = time.monotonic() + (seconds or _PROBE_SECONDS)
+    while True:
+        try:
+            with socket.create_connection((host, int(port)), timeout=3):
+                return
+        except (OSError, ValueError) as error:
+            if time.monotonic() > deadline or isinstance(error, ValueError):
+                raise ConnectionError(f"RAY_ADDRESS={address}: no Ray cluster answers there ({error})") from None
+            time.sleep(1)
