@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -78,6 +79,11 @@ def measure(case: Case, steps: int) -> dict[str, Any]:
         "peaks": {name: statistics.mean(each[name] for each in peaks) for name in peaks[0]},
         "losses": {name: float(value) for name, value in metrics.items() if "loss" in name},
     }
+
+
+def environment(case: Case) -> dict[str, str]:
+    """Of the case's process: huge pages only with the kept memory, as the stages have them."""
+    return {k: v for k, v in os.environ.items() if case.kept_memory or k != "GLIBC_TUNABLES"}
 
 
 def _resident_bytes(case: Case) -> int:
@@ -161,7 +167,7 @@ def main() -> None:
             if chosen.only in (None, case.stage):
                 command = [sys.executable, __file__, "--steps", str(chosen.steps), "--case",
                            json.dumps(dataclasses.asdict(case))]  # fmt: skip
-                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment(case))
                 got[case.name.replace(" compile", "")] = result = json.loads(done.stdout.splitlines()[-1])
                 show(case, result)
     print("\n".join(["", *ratios(got)]))

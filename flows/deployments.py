@@ -20,6 +20,7 @@ _HEADER = "# Made by `make deployments` from flows/deployments.py: change it the
 _ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
     "OMP_WAIT_POLICY": "passive",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
     "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS),  # what flows.automations watches
     # Prefect's server or its database may be away for a minute or two; it answers 500 while the database is.
     "PREFECT_CLIENT_MAX_RETRIES": "7",

@@ -17,7 +17,8 @@ def freed_memory_kept() -> Iterator[None]:
     """Inside, glibc keeps freed memory for the next allocation; elsewhere (musl, macOS) nothing changes.
 
     It returns large blocks to the system by default, which hands them out again page by page, zeroed: a sixth of a
-    VAE step's time (`benchmarks/step.py` measures both).
+    VAE step's time. A process that was started with GLIBC_TUNABLES=glibc.malloc.hugetlb=1 gets them in pages of 2 MiB
+    where the kernel has them: 2 % of a VAE step, and less memory (`benchmarks/step.py` measures both against neither).
     """
     libc: Any = None
     with suppress(OSError, AttributeError):
