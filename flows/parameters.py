@@ -10,6 +10,7 @@ from pydantic import (
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
+    WithJsonSchema,
     create_model,
     model_serializer,
 )
@@ -55,6 +56,9 @@ def _optional(model: type[BaseModel]) -> type[BaseModel]:
             )
             continue
         constrained: Any = Annotated[annotation, *field.metadata] if field.metadata else annotation
+        if annotation is bool:
+            # A choice: the form's switch has no third position, and would send false for what nobody touched.
+            constrained = Annotated[bool, WithJsonSchema({"enum": [True, False]})]
         fields[name] = (
             constrained | _ABSENT,
             Field(default_factory=lambda: None, description=field.description, json_schema_extra=extra),

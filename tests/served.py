@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ import psutil
 import tiny
 import yaml
 
+BUSY = 503  # Prefect's answer while another writer holds SQLite: its clients ask again
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -43,9 +45,16 @@ class Served(NamedTuple):
             {"Content-Type": "application/json"},
             method=method,
         )
-        with urllib.request.urlopen(request, timeout=20) as answer:
-            content = answer.read()
-        return json.loads(content) if content else None
+        for attempt in range(5):
+            try:
+                with urllib.request.urlopen(request, timeout=20) as answer:
+                    content = answer.read()
+                return json.loads(content) if content else None
+            except urllib.error.HTTPError as error:
+                if error.code != BUSY or attempt == 4:
+                    raise
+                time.sleep(2)
+        return None
 
 
 @contextlib.contextmanager

@@ -66,9 +66,16 @@ def test_a_form_that_nobody_filled_is_accepted(name):
                 values[field] = filled(described)
             elif "default" in described:
                 values[field] = described["default"]
+            elif described.get("type") == "boolean":
+                values[field] = False  # a switch has no third position
         return values
 
     values = filled(schema)
-    assert values["preset"] == "quickstart"
+    assert values.pop("preset") == "quickstart"
+    sections = values.pop("overrides")
+    assert set(values) <= {"inputs", "force"}
+    assert not any(sections[name] for name in sections if name != "train_repae")
+    assert sections["train_repae"] == {"vae": {}}, "what nobody touched stays as in the preset"
+    values |= {"preset": "quickstart", "overrides": sections}
     jsonschema.validate(values, schema)
     jsonschema.validate({field: p["default"] for field, p in schema["properties"].items()}, schema)
