@@ -217,13 +217,16 @@ def gc(
     days: Annotated[float, typer.Option("--days", help="Artifacts and runs younger than this are kept.")] = 30.0,
     keep_runs: Annotated[int, typer.Option("--keep-runs", help="So many newest runs are kept, of any age.")] = 10,
     delete: Annotated[bool, typer.Option("--delete", help="Remove them; without it they are only listed.")] = False,
+    other_mlflow: Annotated[
+        bool, typer.Option("--other-mlflow", help="This MLflow knows the models, though runs name another address.")
+    ] = False,
     store: StoreOption = "",
     debug: Debug = False,
 ) -> None:
     """List old artifacts that no kept run, registered model or artifact needs, and with --delete remove them."""
     from flows.gc_command import collect_garbage
 
-    collect_garbage(days, keep_runs, delete, store)
+    collect_garbage(days, keep_runs, delete, store, other_mlflow=other_mlflow)
 
 
 @app.command(epilog="Example: `repae doctor --store s3://bucket/repae`")

@@ -65,22 +65,29 @@ def verify_artifacts(stage: str, store: str) -> None:
         RuntimeError: something is broken; each problem was printed.
     """
     opened, console = open_store(store), Console()
-    problems = 0
+    problems, seen = 0, 0
     for name in [stage_name(stage)] if stage else STAGES:
         for fingerprint in opened.folders(name):
-            artifact = Artifact(opened, name, fingerprint)
+            artifact, seen = Artifact(opened, name, fingerprint), seen + 1
             if artifact.manifest() is None:
                 console.print(f"{name}/{fingerprint}: unfinished")
                 continue
             found = artifact.verify()
             problems += len(found)
             console.print(f"{name}/{fingerprint}: {'; '.join(found) if found else 'sound'}", soft_wrap=True)
+    console.print(f"{seen} artifacts in {opened.url}, {problems} problems", soft_wrap=True)
     if problems:
         raise RuntimeError(f"{problems} broken file(s) in {opened.url}")
 
 
 def open_store(store: str) -> Store:
-    """The store in force, checked."""
+    """The store in force, checked.
+
+    Raises:
+        ValueError: a folder that does not exist: mistyped, or nothing was made yet.
+    """
     opened = Store(store_url(load_config(), store), retry_seconds=10)
+    if opened.is_local and not Path(opened.root).is_dir():
+        raise ValueError(f"no store in {opened.url}: nothing was made there yet; say --store, or set REPAE_STORE")
     opened.check()
     return opened

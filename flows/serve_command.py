@@ -37,6 +37,8 @@ def serve(prefect_port: int, mlflow_port: int) -> None:
     os.environ |= {
         "PREFECT_API_URL": api,
         "PREFECT_UI_API_URL": api,
+        # Other pages in the same browser may not use the API, which starts commands on this machine.
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"http://{HOST}:{prefect_port},http://localhost:{prefect_port}",
         "MLFLOW_TRACKING_URI": mlflow,
         "REPAE_HOME": str(home),
         "REPAE_STORE": absolute_url(store_url(load_config())),

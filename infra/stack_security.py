@@ -2,8 +2,9 @@
 
     .venv/bin/python infra/stack_security.py            # `make stack-test` runs it too; a minute
 
-Wrong Ray token, wrong S3 key, wrong Host header; ports beyond loopback; users and capabilities of the containers; every
-secret of .env in the images, the containers' logs, the databases and the text files of the store.
+Wrong Ray token, wrong S3 key, wrong Host header, a foreign web page; SeaweedFS's own ports, which ask for no key; ports
+beyond loopback; users and capabilities of the containers; every secret of .env in the images, the containers' logs, the
+databases and the text files of the store.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from compose_stack import BUCKETS, ROOT, Stack
 SECRETS = ("PASSWORD", "SECRET", "TOKEN", "_KEY")
 IMAGES = ("repae-control", "repae-worker")
 TEXT = (".json", ".jsonl", ".log", ".html", ".yaml", ".md", ".txt")
+UNGUARDED = (8080, 8888, 9333, 18080, 18888, 19333)  # SeaweedFS: volume server, filer, master, and their gRPC
+CONNECT = "import socket, sys; socket.create_connection(('s3', int(sys.argv[1])), 2)"
+FOREIGN = "http://evil.example.org"
 JOIN = "import ray; ray.init(address='ray-head:6379', logging_level='ERROR'); print(ray.cluster_resources())"
 
 
@@ -36,6 +40,13 @@ def refusals(stack: Stack) -> Iterator[str]:
             continue
         yield f"S3: a wrong {name} is accepted"
     stack.open_s3().ls("repae")
+    for port in (8333, *UNGUARDED):
+        if (stack.exec("worker", "python", "-c", CONNECT, str(port)).returncode == 0) != (port == 8333):
+            yield f"S3: port {port} is {'closed' if port == 8333 else 'open'} to the other containers"
+    prefect = f"{stack.url('prefect', 4200)}/api/health"
+    with urllib.request.urlopen(urllib.request.Request(prefect, headers={"Origin": FOREIGN}), timeout=20) as answer:
+        if answer.headers.get("Access-Control-Allow-Origin") in ("*", FOREIGN):
+            yield "Prefect: pages of other origins may use the API"
     mlflow = stack.url("mlflow", 5000)
     for host, expected in (("evil.example.org", 403), (mlflow.removeprefix("http://"), 200)):
         url = f"{mlflow}/api/2.0/mlflow/experiments/get?experiment_id=0"

@@ -35,6 +35,16 @@ _FAILED_SECONDS = 10.0  # the same when it failed
 _CANCELLED_SECONDS = 2.0  # a cancelled run must be gone within 15 s
 
 
+def _tracking_uri() -> str:
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{repae_home() / 'mlflow.db'}"
+
+
+def tracking_uri() -> str:
+    """Where runs are tracked: MLFLOW_TRACKING_URI or the database in REPAE_HOME, without credentials."""
+    parts = urlsplit(uri := _tracking_uri())
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
+
+
 class Tracker:
     """One pipeline run in MLflow."""
 
@@ -48,8 +58,7 @@ class Tracker:
             logging.getLogger(repetitive).setLevel(logging.ERROR)
         self._mlflow = mlflow
         self.metric = mlflow.entities.Metric
-        home = repae_home()
-        self.uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}"
+        home, self.uri = repae_home(), _tracking_uri()
         embedded = self.uri.startswith("sqlite:")
         mlflow.set_tracking_uri(self.uri)
         try:
@@ -68,10 +77,7 @@ class Tracker:
     @property
     def display_uri(self) -> str:
         """The tracking URI without credentials."""
-        parts = urlsplit(self.uri)
-        if "@" not in parts.netloc:
-            return self.uri
-        return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+        return tracking_uri()
 
     @contextlib.contextmanager
     def pipeline_run(self, name: str, config: Mapping[str, Any]) -> Iterator[str]:

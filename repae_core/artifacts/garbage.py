@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from repae_core.artifacts.artifact import Artifact
 from repae_core.artifacts.lease import Lease, LeaseHeld, is_held
@@ -44,8 +44,8 @@ def find_garbage(
     """Artifacts that no kept thing needs, directly or through its inputs.
 
     Kept are: what is being written (its lease is alive), what is younger than `keep_days`, what the newest `keep_runs`
-    runs and all runs younger than `keep_days` made or used, artifacts whose URI is in `registered` (models), and all
-    inputs of these, their inputs, and so on.
+    runs, all runs younger than `keep_days` and all that have not ended made, used or name in their config, artifacts
+    whose URI is in `registered` (models), and all inputs of these, their inputs, and so on.
 
     Raises:
         ValueError: a damaged record or manifest, which might refer to anything; names it.
@@ -53,7 +53,7 @@ def find_garbage(
     oldest = (now or datetime.now(UTC)) - timedelta(days=keep_days)
     found = {Name(s, name): Artifact(store, s, name) for s in stages for name in store.folders(s)}
     ages = {name: _last_change(artifact) for name, artifact in found.items()}
-    roots = _of_runs(store, keep_runs, oldest)
+    roots = _of_runs(store, keep_runs, oldest, found)
     roots |= {name for name, artifact in found.items() if artifact.uri in set(registered)}
     roots |= {name for name, changed in ages.items() if changed is not None and changed > oldest}
     roots |= {name for name in found if is_held(store, found[name].key(LEASE))}
@@ -86,10 +86,33 @@ def remove(store: Store, garbage: Garbage) -> bool:
     return True
 
 
-def _of_runs(store: Store, keep_runs: int, oldest: datetime) -> set[Name]:
+def _of_runs(store: Store, keep_runs: int, oldest: datetime, found: Mapping[Name, Artifact]) -> set[Name]:
+    """What kept runs have made or used so far, and what their configs name for stages still to come."""
     records = list_runs(store)
-    kept = records[:keep_runs] + [r for r in records[keep_runs:] if datetime.fromisoformat(r.created_at) > oldest]
-    return {Name(stage, state.fingerprint) for record in kept for stage, state in record.stages.items()}
+    kept = records[:keep_runs] + [
+        r for r in records[keep_runs:] if r.status == "running" or datetime.fromisoformat(r.created_at) > oldest
+    ]
+    names = {Name(stage, state.fingerprint) for record in kept for stage, state in record.stages.items()}
+    given = {value for record in kept for value in _texts(record.config)}
+    names |= {name for name, artifact in found.items() if any(_refers(value, artifact) for value in given)}
+    if "latest" in given:
+        finished = [(m.finished_at, name) for name, artifact in found.items() if (m := artifact.manifest())]
+        names |= {max(times)[1] for stage in {n.stage for _, n in finished}
+                  if (times := [(when, name) for when, name in finished if name.stage == stage])}  # fmt: skip
+    return names
+
+
+def _refers(value: str, artifact: Artifact) -> bool:
+    """Whether a config's value may mean it (see `resolve_reference`); a word that only looks so keeps it, too."""
+    return value.rstrip("/") == artifact.uri or artifact.fingerprint.startswith(value)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str) and value:
+        yield value
+    elif isinstance(value, Mapping):
+        for nested in value.values():
+            yield from _texts(nested)
 
 
 def _inputs(artifact: Artifact) -> list[Name]:

@@ -13,8 +13,8 @@ def inception_score(logits: Tensor, *, chunk: int = 5000) -> float:
     """
     scores = []
     for part in logits.double().split(chunk):
-        log_p = part.log_softmax(dim=1)
-        marginal = log_p.exp().mean(dim=0, keepdim=True)
-        divergence = (log_p.exp() * (log_p - marginal.log())).sum(dim=1).mean()
+        p = part.softmax(dim=1)
+        # The mean divergence as a difference of entropies, in which a probability of zero counts nothing.
+        divergence = torch.special.entr(p.mean(dim=0)).sum() - torch.special.entr(p).sum(dim=1).mean()
         scores.append(divergence.exp())
     return float(torch.stack(scores).mean())

@@ -188,6 +188,24 @@ def test_gc_shows_first_and_removes_when_told(call, finished):
     assert call("gc", "--store", store, "--days", "-1")[0] == 2
 
 
+def test_gc_refuses_an_mlflow_that_may_not_know_the_models(call, original, monkeypatch, tmp_path):
+    options = ("gc", "--store", original.store.url, "--days", "0", "--keep-runs", "0")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/other.db")
+    code, _, err = call(*options)
+    assert code == 2
+    assert "MLFLOW_TRACKING_URI" in err
+    code, out, _ = call(*options, "--other-mlflow")
+    assert (code, "7 artifacts" in out) == (0, True)
+
+
+def test_a_store_that_is_not_there_is_neither_made_nor_called_sound(call, tmp_path):
+    for command in ("gc", "verify", "runs"):
+        code, _, err = call(command, "--store", str(tmp_path / "mistyped"))
+        assert code == 2
+        assert "no store in" in err
+    assert not (tmp_path / "mistyped").exists()
+
+
 def test_gc_keeps_what_registered_models_were_made_from(call, original, monkeypatch):
     monkeypatch.setenv("REPAE_HOME", str(Path(original.store.url).parent / "home"))
     code, out, _ = call("gc", "--store", original.store.url, "--days", "0", "--keep-runs", "0")

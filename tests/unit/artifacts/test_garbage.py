@@ -43,10 +43,10 @@ def make(store, number, inputs, *, age, finished=True):
     return artifact
 
 
-def record(store, number, used, *, age):
+def record(store, number, used, *, age, status="finished", config=None):
     stages = {STAGES[i % 3]: StageRecord(fingerprint=f"{i:016x}", status="skipped") for i in used}
-    run = RunRecord(run_id=f"2026-{number:04d}", kind="full-pipeline", created_at=days_ago(age), status="finished",
-                    config={}, stages=stages)  # fmt: skip
+    run = RunRecord(run_id=f"2026-{number:04d}", kind="full-pipeline", created_at=days_ago(age), status=status,
+                    config=config or {}, stages=stages)  # fmt: skip
     save_run(store, run)
 
 
@@ -97,6 +97,21 @@ def test_what_is_being_written_stays_with_all_that_it_reads(tmp_path):
         assert [remove(store, entry) for entry in listed if entry.name.stage == "train-repae"] == [False]
         assert images.is_whole()
         assert model.exists("work.json")
+
+
+def test_a_run_that_has_not_ended_keeps_what_it_made_and_what_its_config_names(tmp_path):
+    store = Store(str(tmp_path))
+    images, vae, other = make(store, 0, (), age=80), make(store, 2, (), age=80), make(store, 5, (), age=70)
+    options = {"keep_days": 30, "keep_runs": 0, "now": NOW}
+    for reference in (vae.fingerprint[:15] + "2", vae.uri + "/"):
+        record(store, 1, [0], age=80, status="running", config={"cache_latents": {"vae": reference}})
+        assert [Artifact(store, *g.name).uri for g in find_garbage(store, STAGES, **options)] == [other.uri]
+    record(store, 1, [0], age=80, status="running", config={"cache_latents": {"vae": "latest"}})
+    assert [Artifact(store, *g.name).uri for g in find_garbage(store, STAGES, **options)] == [vae.uri]
+    record(store, 1, [0], age=80, config={"cache_latents": {"vae": "latest"}})
+    assert {Artifact(store, *g.name).uri for g in find_garbage(store, STAGES, **options)} == {
+        images.uri, vae.uri, other.uri
+    }  # fmt: skip
 
 
 def test_an_interrupted_removal_is_finished_by_the_next(tmp_path):

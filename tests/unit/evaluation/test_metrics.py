@@ -140,6 +140,10 @@ def test_precision_recall_by_hand():
         precision_recall(real, generated, neighbours=4)
 
 
+def test_inception_score_of_certain_logits():
+    assert inception_score(torch.eye(5) * 5000) == pytest.approx(5.0, rel=1e-12)
+
+
 def test_inception_score_against_torch_fidelity():
     logits = 3 * torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
     theirs = isc_features_to_metric(logits, splits=4, shuffle=False)
