@@ -54,8 +54,9 @@ def check_before_start(
     """Everything that can be wrong in the input, before any service starts."""
     from tasks.decisions import decide
     from tasks.pipeline_run import forced_stages
-    from tasks.plan import input_references, make_plan, require_extractor_weights
+    from tasks.plan import make_plan, require_extractor_weights
     from tasks.stage import require_inputs
+    from tasks.stage_inputs import input_references
 
     forced = forced_stages(force)
     store = Store(config.store, retry_seconds=10)

@@ -13,8 +13,8 @@ from tasks.evaluate import evaluate as evaluate_task
 from tasks.extract_vae import extract_vae as extract_vae_task
 from tasks.generate import generate as generate_task
 from tasks.pipeline_run import PipelineRun, open_run
-from tasks.plan import input_references
 from tasks.preprocess import preprocess as preprocess_task
+from tasks.stage_inputs import input_references
 from tasks.train_ldm import train_ldm as train_ldm_task
 from tasks.train_repae import train_repae as train_repae_task
 

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from repae_core.artifacts import Artifact, Store, fingerprint, resolve_reference
+from repae_core.artifacts import Artifact, Store, fingerprint
 from repae_core.config import STAGES, PipelineConfig, content_paths, output_fields, section_name
 from repae_core.data.sources import ImageSource, open_source
 from repae_core.remote_files import local_copy, sha256_of
+from tasks.stage_inputs import resolve_inputs
 
 # Raised when a stage's output changes for the same config.
 VERSIONS = {
@@ -48,43 +49,6 @@ class Plan:
     not_needed: tuple[str, ...] = ()
 
 
-def upstream(config: PipelineConfig, stage: str) -> dict[str, str]:
-    """Role -> stage name (or an artifact's URI) of what a stage reads."""
-    vae = "extract-vae" if config.cache_latents.vae == "auto" else config.cache_latents.vae
-    joint = config.generate.model == "train-repae"
-    inputs = {
-        "preprocess": {},
-        "train-repae": {"images": "preprocess"} | _init_from(config.train_repae.init_from),
-        "extract-vae": {"model": "train-repae", "images": "preprocess"},
-        "cache-latents": {"images": "preprocess", "vae": vae},
-        "train-ldm": {"latents": "cache-latents", "vae": vae}
-        | ({} if config.cache_latents.encoder == config.train_ldm.encoder else {"images": "preprocess"})
-        | _init_from(config.train_ldm.init_from),
-        "generate": {"model": config.generate.model, "vae": "extract-vae" if joint else vae}
-        | ({"guide": config.generate.guide} if config.generate.guide else {}),
-        "evaluate": {"samples": "generate", "images": "preprocess", "vae": "extract-vae" if joint else vae},
-    }
-    return inputs[stage]
-
-
-def input_references(config: PipelineConfig, stage: str, inputs: str) -> dict[str, str]:
-    """Role -> reference out of the `inputs` parameter.
-
-    Raises:
-        ValueError: an unknown role.
-    """
-    roles = list(upstream(config, stage))
-    if inputs in ("auto", "latest"):
-        return dict.fromkeys(roles, inputs)
-    given = dict.fromkeys(roles, "auto")
-    for pair in inputs.split(","):
-        role, equals, reference = pair.strip().partition("=")
-        if not equals or role not in roles:
-            raise ValueError(f"inputs: {pair!r} is not role=reference; roles of {stage}: {', '.join(roles) or 'none'}")
-        given[role] = reference
-    return given
-
-
 def make_plan(
     config: PipelineConfig, store: Store, *, references: Mapping[str, Mapping[str, str]] | None = None
 ) -> Plan:
@@ -107,31 +71,13 @@ def make_plan(
     for stage in STAGES:
         if external_vae and stage in plan.not_needed:
             continue
-        given = (references or {}).get(stage, {})
-        inputs = {
-            role: _resolve(plan, _stage_of(config, stage, role, source), source, given.get(role, "auto"))
-            for role, source in upstream(config, stage).items()
-        }
+        made = {name: planned.artifact for name, planned in plan.stages.items()}
+        inputs = resolve_inputs(config, stage, store, made, (references or {}).get(stage, {}))
         payload = _payload(config, stage, inputs)
         if stage == "preprocess":
             payload["config"]["source"] = source.content_digest()
         plan.stages[stage] = PlannedStage(stage, Artifact(store, stage, fingerprint(payload)), inputs, payload)
     return plan
-
-
-def _init_from(reference: str) -> dict[str, str]:
-    return {"init": reference} if reference else {}
-
-
-def _stage_of(config: PipelineConfig, stage: str, role: str, source: str) -> str:
-    """The stage that makes an input, also where `source` is a reference to an artifact."""
-    return {"vae": "extract-vae", "init": stage, "guide": config.generate.model}.get(role, source)
-
-
-def _resolve(plan: Plan, expected: str, source: str, reference: str) -> Artifact:
-    if reference == "auto" and source in plan.stages:
-        return plan.stages[source].artifact
-    return resolve_reference(plan.store, expected, source if reference == "auto" else reference)
 
 
 def _payload(config: PipelineConfig, stage: str, inputs: Mapping[str, Artifact]) -> dict[str, Any]:

@@ -14,13 +14,17 @@ from PIL import Image
 
 from repae_core import load_model
 from repae_core.artifact_models import UNTUNED_VAE
-from repae_core.artifacts import Artifact, Lease, LeaseHeld, Store, list_runs
+from repae_core.artifacts import Artifact, Lease, LeaseHeld, StageRecord, Store, list_runs
 from repae_core.artifacts.checkpoints import committed_checkpoints
 from repae_core.config import STAGES
 from repae_core.stages.generate import read_samples
 from tasks.decisions import decide_all
+from tasks.extract_vae import extract_vae
 from tasks.pipeline_run import open_run
 from tasks.plan import make_plan
+from tasks.preprocess import preprocess
+from tasks.stage_inputs import input_references
+from tasks.train_repae import train_repae
 
 
 def states(record) -> dict[str, str]:
@@ -283,6 +287,41 @@ def test_latest_and_prefix_references(finished):
     references = {"generate": {"model": prefix, "vae": "latest"}}
     plan = make_plan(config, finished.store, references=references)
     assert plan.stages["generate"].inputs["model"].fingerprint == finished.artifact("train-ldm").fingerprint
+
+
+def another_vae(finished) -> dict[str, StageRecord]:
+    """Of another seed, and newer."""
+    with open_run(finished.configure("seed=1"), kind="extract-vae") as run:
+        for stage in (preprocess, train_repae, extract_vae):
+            stage.fn(run)
+    return run.record.stages
+
+
+def test_latest_takes_the_vae_that_the_model_was_trained_with(finished):
+    """Another VAE, newer: it must not decode what an older one's latents were learnt from."""
+    newer = another_vae(finished)["extract-vae"]
+    right = finished.artifact("extract-vae").fingerprint
+    assert newer.fingerprint != right
+    config = finished.configure("generate.guidance=1.0")
+    for stage, first in (("generate", "model"), ("train-ldm", "latents"), ("evaluate", "samples")):
+        references = {stage: input_references(config, stage, "latest")}
+        inputs = make_plan(config, finished.store, references=references).stages[stage].inputs
+        assert inputs["vae"].fingerprint == right
+        wrong = {stage: {first: "latest", "vae": newer.fingerprint}}
+        with pytest.raises(ValueError, match=f"say vae={right}"):
+            make_plan(config, finished.store, references=wrong)
+
+
+def test_a_joint_model_goes_with_its_own_vae(finished):
+    newer = another_vae(finished)
+    config = finished.configure("generate.model=train-repae")
+    for model, vae in ((finished.artifact("train-repae").fingerprint, finished.artifact("extract-vae").fingerprint),
+                       (newer["train-repae"].fingerprint, newer["extract-vae"].fingerprint)):  # fmt: skip
+        references = {"generate": {"model": model, "vae": "latest"}}
+        inputs = make_plan(config, finished.store, references=references).stages["generate"].inputs
+        assert (inputs["model"].fingerprint, inputs["vae"].fingerprint) == (model, vae)
+    with pytest.raises(ValueError, match="belongs to the VAE"):
+        make_plan(config, finished.store, references={"generate": {"model": newer["train-repae"].fingerprint}})
 
 
 def test_a_finished_run_continues_for_longer(finished):
