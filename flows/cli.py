@@ -202,8 +202,10 @@ def deploy(debug: Debug = False) -> None:
 
 @app.command(epilog="Example: `repae serve`, then `prefect deployment run full-pipeline/dev --watch` elsewhere")
 def serve(
-    prefect_port: Annotated[int, typer.Option("--prefect-port", help="Port of Prefect's API and UI.")] = 4200,
-    mlflow_port: Annotated[int, typer.Option("--mlflow-port", help="Port of MLflow.")] = 5000,
+    prefect_port: Annotated[
+        int, typer.Option("--prefect-port", min=1, max=65535, help="Port of Prefect's API and UI.")
+    ] = 4200,
+    mlflow_port: Annotated[int, typer.Option("--mlflow-port", min=1, max=65535, help="Port of MLflow.")] = 5000,
     debug: Debug = False,
 ) -> None:
     """Prefect, MLflow and a worker on this machine, with all deployments, until Ctrl-C."""

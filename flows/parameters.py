@@ -89,6 +89,12 @@ def _changes(overrides: Any, prefix: str = "") -> list[str]:
     return found
 
 
+def _given(overrides: BaseModel) -> dict[str, Any]:
+    """What a run was started with; a null is a value where the field has it, e.g. `steps` for the sampler's own."""
+    values = {name: getattr(overrides, name) for name in overrides.model_fields_set}
+    return {name: _given(value) if isinstance(value, BaseModel) else value for name, value in values.items()}
+
+
 def flow_config(preset: str, overrides: BaseModel | None) -> PipelineConfig:
     """The frozen config of a flow run; the store is the one in force (REPAE_STORE wins).
 
@@ -97,6 +103,6 @@ def flow_config(preset: str, overrides: BaseModel | None) -> PipelineConfig:
     """
     values = load_config(preset).model_dump(mode="json")
     if overrides is not None:
-        merge(values, overrides.model_dump(mode="json", exclude_none=True))
+        merge(values, _given(overrides))
     config = resolve_config(values, source=preset)
     return config.model_copy(update={"store": store_url(config)})

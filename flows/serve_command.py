@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -29,9 +30,12 @@ def serve(prefect_port: int, mlflow_port: int) -> None:
     """Start all, deploy, and wait; on Ctrl-C or SIGTERM end what was started, the worker and its runs first.
 
     Raises:
+        ValueError: a port is taken.
         RuntimeError: a service did not start, or ended; names its log file.
     """
     home = repae_home()
+    _require_free("--prefect-port", prefect_port)
+    _require_free("--mlflow-port", mlflow_port)
     api = f"http://{HOST}:{prefect_port}/api"
     mlflow = f"http://{HOST}:{mlflow_port}"
     os.environ |= {
@@ -71,6 +75,15 @@ def serve(prefect_port: int, mlflow_port: int) -> None:
         while True:
             _require_running(running, logs)
             time.sleep(1)
+
+
+def _require_free(option: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the servers do: an ended one's port is free
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise ValueError(f"{option}={port}: {error.strerror}; choose another port") from None
 
 
 def _prefect_server(port: int) -> list[str]:

@@ -56,8 +56,8 @@ def stage_flow(stage: str) -> Flow[..., dict[str, Any]]:
     Args:
         preset: Preset, or the path of a saved config.
         overrides: Fields to change; empty = as in the preset.
-        inputs: `latest` (newest artifact of each input stage), `auto` (what this config makes),
-            or role=reference pairs separated by commas.
+        inputs: `latest` (newest model, latents or samples, with what they were made from), `auto` (what this config
+            makes), or role=reference pairs separated by commas.
         force: Run even if the artifact exists.
     """
     return flow(name=stage, flow_run_name=run_name)(run)

@@ -31,7 +31,8 @@ def save(folder: Path, stack: Stack) -> None:
         assert dump.stdout is not None
         shutil.copyfileobj(dump.stdout, target)
     if dump.returncode:
-        raise SystemExit(f"pg_dumpall ended with {dump.returncode}")
+        unfinished.unlink()
+        raise SystemExit(f"`{' '.join(command)}` ended with {dump.returncode}")
     unfinished.replace(folder / "databases.sql.gz")
     copied = sum(_copy_bucket(stack, bucket, folder, unfinished) for bucket in BUCKETS)
     print(f"{folder}: databases and {copied} new files")
@@ -60,7 +61,12 @@ def load(folder: Path, stack: Stack) -> None:
     dump = folder / "databases.sql.gz"
     if not dump.is_file():
         raise SystemExit(f"{dump} is missing: not a whole backup")
+    running = set(stack.run(*stack.compose, "ps", "--services").stdout.split()) - {"postgres", "s3"}
+    if running:
+        raise SystemExit(f"{', '.join(sorted(running))} still run and would see half a load: stop the stack first")
     subprocess.run([*stack.compose, "up", "--detach", "--no-build", "--wait", "postgres", "s3"], cwd=ROOT, check=True)
+    if stack.open_s3().find("repae"):
+        raise SystemExit("the bucket repae is not empty: load into empty volumes (docker compose down --volumes)")
     command = [*stack.compose, "exec", "-T", "postgres", "psql", "-q", "-U", "postgres", "-d", "postgres"]
     done = subprocess.run(command, cwd=ROOT, check=True, input=gzip.decompress(dump.read_bytes()), capture_output=True)
     # The superuser can neither be dropped nor made again while it loads the dump; all else must succeed.

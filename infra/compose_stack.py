@@ -19,6 +19,10 @@ class Stack:
 
     def __init__(self, compose: str) -> None:
         self.compose = compose.split()
+        if not (ROOT / ".env").is_file():
+            raise SystemExit(
+                f"{ROOT / '.env'} is missing: `make stack` makes it, and a backup needs the one of its time"
+            )
         lines = (ROOT / ".env").read_text().splitlines()
         self.variables = dict(line.split("=", 1) for line in lines if "=" in line) | os.environ
 

@@ -1,8 +1,8 @@
 """Write `.env` with fresh secrets for docker-compose, readable by its owner only; one that is there is kept."""
 
+import argparse
 import os
 import secrets
-import sys
 from pathlib import Path
 
 SECRETS = (
@@ -27,4 +27,6 @@ def main(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else ".env"))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("file", type=Path, nargs="?", default=Path(".env"))
+    main(parser.parse_args().file)

@@ -213,7 +213,9 @@ def _prepared(run: PipelineRun, planned: PlannedStage, decision: Decision) -> It
             tracking.log_config({"seed": run.config.seed} | run.config.section(planned.name).model_dump(mode="json"))
             tracking.log_inputs({role: a.uri for role, a in planned.inputs.items()}, artifact.uri)
             with stage_log(artifact, f"driver-{run.run_id}", run_id=run.run_id):
+                logger.info("%s: work begins on %s", planned.name, artifact.uri)
                 yield StageContext(run, planned, lease, tracking)
+                logger.info("%s: work is done", planned.name)
 
 
 def _commit(context: StageContext, outcome: StageOutcome, started: float) -> None:

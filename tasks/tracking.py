@@ -41,7 +41,11 @@ def _tracking_uri() -> str:
 
 def tracking_uri() -> str:
     """Where runs are tracked: MLFLOW_TRACKING_URI or the database in REPAE_HOME, without credentials."""
-    parts = urlsplit(uri := _tracking_uri())
+    return _without_credentials(_tracking_uri())
+
+
+def _without_credentials(uri: str) -> str:
+    parts = urlsplit(uri)
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
 
 
@@ -77,7 +81,7 @@ class Tracker:
     @property
     def display_uri(self) -> str:
         """The tracking URI without credentials."""
-        return tracking_uri()
+        return _without_credentials(self.uri)
 
     @contextlib.contextmanager
     def pipeline_run(self, name: str, config: Mapping[str, Any]) -> Iterator[str]:

@@ -7,6 +7,7 @@ from prefect.states import Failed
 from prefect.utilities.callables import parameter_schema
 
 from flows.deployments import FLOWS, TARGETS, deployments, prefect_yaml
+from flows.parameters import Overrides, flow_config
 from repae_core.config import STAGES, preset_names
 from tasks.ray_launch import FinalInputError, WorkersFailedError
 from tasks.stage import may_pass
@@ -79,3 +80,10 @@ def test_a_form_that_nobody_filled_is_accepted(name):
     values |= {"preset": "quickstart", "overrides": sections}
     jsonschema.validate(values, schema)
     jsonschema.validate({field: p["default"] for field, p in schema["properties"].items()}, schema)
+
+
+def test_a_null_is_a_value():
+    assert flow_config("quickstart", Overrides()).generate.steps is not None
+    assert flow_config("quickstart", Overrides.model_validate({"generate": {"steps": None}})).generate.steps is None
+    with pytest.raises(ValueError, match=r"generate\.num_images"):
+        flow_config("quickstart", Overrides.model_validate({"generate": {"num_images": None}}))
