@@ -13,7 +13,7 @@ from repae_core.remote_files import local_copy, sha256_of
 
 # Raised when a stage's output changes for the same config.
 VERSIONS = {
-    "preprocess": 2,
+    "preprocess": 3,
     "train-repae": 3,
     "extract-vae": 1,
     "cache-latents": 4,
