@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -90,7 +91,8 @@ def plan_preprocessing(
         else images_per_shard
     )
     expected = len(source.items) + sum(entry.failure for entry in source.skipped)
-    max_failures = math.floor(max_skipped_fraction * expected)
+    # As it is written: the product of floats can lie under a whole number, 0.29 * 100 = 28.999999999999996.
+    max_failures = math.floor(Fraction(str(max_skipped_fraction)) * expected)
     check_failures(source.skipped, max_failures)
     plan = plan_shards(len(source.items), size, seed)
     return PreprocessWork(source, plan, artifact, ShardSettings(resolution, encoding, jpeg_quality, max_failures), size)

@@ -1,5 +1,6 @@
 """`preprocess_images`: what it writes, that it is always the same, and what happens to bad files."""
 
+import dataclasses
 import io
 import json
 import os
@@ -15,9 +16,9 @@ from PIL import Image
 from repae_core.artifacts import Artifact, Store
 from repae_core.data.crop import center_crop
 from repae_core.data.image_shards import ImageShards
-from repae_core.data.preprocess import preprocess_images
+from repae_core.data.preprocess import plan_preprocessing, preprocess_images
 from repae_core.data.shards import plan_shards
-from repae_core.data.sources import open_source
+from repae_core.data.sources import Skipped, open_source
 
 SETTINGS = {"resolution": 16, "images_per_shard": 5, "seed": 3, "encoding": "png", "max_skipped_fraction": 0.0}
 
@@ -133,7 +134,7 @@ import sys, time
 from repae_core.artifacts import Artifact, Store
 from repae_core.data import sources
 from repae_core.data.folder_source import FolderReader
-from repae_core.data.preprocess import preprocess_images
+from repae_core.data.preprocess import plan_preprocessing, preprocess_images
 
 read = FolderReader.read
 FolderReader.read = lambda self, name: (time.sleep(0.02), read(self, name))[1]
@@ -240,6 +241,17 @@ def test_too_many_bad_files_stop_the_stage_and_name_one(tmp_path, processes):
         preprocess_images(source, made, **SETTINGS | {"max_skipped_fraction": 0.1})
     assert not made.exists("index.json")
     assert preprocess_images(source, made, **SETTINGS | {"max_skipped_fraction": 0.2})["num_skipped"] == 2
+
+
+def test_a_share_of_failures_equal_to_the_limit_is_allowed(source, tmp_path):
+    hundred = dataclasses.replace(
+        source, items=source.items[:1] * 71, skipped=[Skipped(f"{number:02d}", "bad") for number in range(29)]
+    )
+    settings = {"resolution": 16, "seed": 0}
+    work = plan_preprocessing(hundred, artifact(tmp_path), **settings, max_skipped_fraction=0.29)
+    assert work.settings.max_failures == 29
+    with pytest.raises(ValueError, match=r"29 unreadable so far.*allows 28"):
+        plan_preprocessing(hundred, artifact(tmp_path), **settings, max_skipped_fraction=0.289)
 
 
 def test_listed_failures_count_before_any_work(tmp_path):

@@ -182,6 +182,8 @@ def test_errors_before_any_work(tmp_path):
         assert "\n" not in str(caught.value)
         assert "preprocess.source" in str(caught.value)
 
+    refused("", "preprocess.source is empty; expected one folder per class")
+    refused(" ", "preprocess.source is empty")
     refused(tmp_path / "nowhere", "does not exist; expected one folder per class")
     refused(tmp_path, "no images found in .*expected one folder per class")
     (tmp_path / "notes.txt").write_text("x")
