@@ -17,7 +17,7 @@ from repae_core.artifacts import Artifact, Store
 from repae_core.data.crop import center_crop
 from repae_core.data.image_shards import ImageShards
 from repae_core.data.preprocess import plan_preprocessing, preprocess_images
-from repae_core.data.shards import plan_shards
+from repae_core.data.shards import encode_image, plan_shards
 from repae_core.data.sources import Skipped, open_source
 
 SETTINGS = {"resolution": 16, "images_per_shard": 5, "seed": 3, "encoding": "png", "max_skipped_fraction": 0.0}
@@ -241,6 +241,24 @@ def test_too_many_bad_files_stop_the_stage_and_name_one(tmp_path, processes):
         preprocess_images(source, made, **SETTINGS | {"max_skipped_fraction": 0.1})
     assert not made.exists("index.json")
     assert preprocess_images(source, made, **SETTINGS | {"max_skipped_fraction": 0.2})["num_skipped"] == 2
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_at_limit_zero_the_first_bad_file_of_the_plan_is_named(tmp_path, seed):
+    folder = write_photos(tmp_path / "source", 40)
+    names = [item.name for item in open_source(str(folder)).items]
+    shards = [[names[position] for position in shard] for shard in plan_shards(40, 4, seed)]
+    for shard in shards[2:]:
+        (folder / shard[3]).write_bytes(b"")
+    noise = np.random.default_rng(0).integers(0, 256, (3000, 3000, 3), dtype=np.uint8)
+    slow = encode_image(Image.fromarray(noise), "png")  # found out when others have long been
+    (folder / shards[2][3]).write_bytes(slow[:-1000])
+    for processes in (1, 2, 3):
+        made = artifact(tmp_path / f"store{processes}")
+        settings = SETTINGS | {"images_per_shard": 4, "seed": seed}
+        with pytest.raises(ValueError, match="max_skipped_fraction allows 0") as caught:
+            preprocess_images(open_source(str(folder)), made, **settings, processes=processes)
+        assert str(caught.value).startswith(shards[2][3])
 
 
 def test_a_share_of_failures_equal_to_the_limit_is_allowed(source, tmp_path):
