@@ -509,6 +509,7 @@ def test_parquet_rows_without_image_or_label(tmp_path):
     ]
     lines = [json.loads(line) for line in shards_of(source, tmp_path / "store")["skipped.jsonl"].splitlines()]
     assert {line["path"]: line["reason"] for line in lines if line["path"] < "t.parquet/00000003"} == {
+        "cat/": "class without images",
         "owl/": "class without images",
         "t.parquet/00000001": "the table holds a path instead of the image",
         "t.parquet/00000002": "no image in this row",

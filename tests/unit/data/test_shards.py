@@ -281,6 +281,23 @@ def test_listed_failures_count_before_any_work(tmp_path):
     assert made.files() == {}
 
 
+def test_class_numbers_left_out_are_listed(tmp_path):
+    folder = write_photos(tmp_path / "source", 4)
+    names = [f"class{number % 3}/{number:03d}.{'jpg' if number % 2 else 'png'}" for number in range(4)]
+    labels = [*zip(names, (0, 3, 3, 5), strict=True), ("gone.png", 900_000)]
+    (folder / "dataset.json").write_text(json.dumps({"labels": labels}))
+    made = artifact(tmp_path / "store")
+    settings = SETTINGS | {"max_skipped_fraction": 0.2}
+    assert preprocess_images(open_source(str(folder)), made, **settings)["num_classes"] == 6
+    lines = [json.loads(line) for line in made.read_bytes("skipped.jsonl").splitlines()]
+    assert [(line["path"], line["failure"]) for line in lines] == [
+        ("1/", False),
+        ("2/", False),
+        ("4/", False),
+        ("gone.png", True),
+    ]
+
+
 def test_a_source_without_one_readable_image(tmp_path):
     folder = tmp_path / "source" / "class"
     folder.mkdir(parents=True)

@@ -98,9 +98,10 @@ def test_two_links_to_one_folder(tmp_path):
     os.symlink(tmp_path / "pool" / "sub", tmp_path / "set" / "c")
     source = open_source(str(tmp_path / "set"))
     assert [item[:2] for item in source.items] == [("a/link/1.png", 0)]
-    assert source.skipped[:2] == [
-        Skipped("b/", "class folder without images"),
+    assert source.class_names == ["a", "b", "c"]
+    assert source.skipped == [
         Skipped("b/link/", "the same folder as a/link/"),
+        Skipped("c/", "the same folder as a/link/"),
     ]
 
 
