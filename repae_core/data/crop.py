@@ -14,22 +14,25 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from repae_core.data.sources import BadImageError
 
 _EXPECTED = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError, Image.DecompressionBombWarning)
-_SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+_SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
+# Pillow knows more, but reads some with programs of the machine (EPS by Ghostscript, WMF by Windows): never for
+# anybody's files. A plugin that another package adds (HEIC) would make results differ between machines.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "DIB", "JPEG2000", "AVIF", "PPM")
 
 
 def open_image(data: bytes) -> Image.Image:
-    """The picture in a file's bytes, of any format Pillow knows, whatever the file is called; not yet decoded.
+    """The picture in a file's bytes, of one of FORMATS, whatever the file is called; not yet decoded.
 
     Raises:
         BadImageError: no picture, or one of more than `Image.MAX_IMAGE_PIXELS` (89 million) pixels; or a PNG with a
             wrong checksum or without its end.
     """
     with _decoding():
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.format == "PNG":
             # Pillow does not compare the checksums of the pixel data when it decodes.
             image.verify()
-            image = Image.open(io.BytesIO(data))
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
         return image
 
 
@@ -63,17 +66,18 @@ def to_rgb(image: Image.Image) -> Image.Image:
     the first frame.
 
     Raises:
-        BadImageError: the picture's data are damaged, whatever the decoder makes of that; or a floating-point or LAB
-            picture: they state no range or profile that would define RGB.
+        BadImageError: the picture's data are damaged, whatever the decoder makes of that; or a floating-point, 32-bit
+            integer or LAB picture: they state no range or profile that would define RGB.
     """
     with _decoding():
         image.load()
         _turn_upright(image)
         if image.mode == "RGB":
             return image
-        if image.mode in ("F", "LAB"):
+        # Of mode I only these state a range: 16 bits, to which Pillow scales the values of a PPM.
+        if image.mode in ("F", "LAB") or (image.mode == "I" and image.format not in ("PNG", "PPM")):
             raise BadImageError(f"images of mode {image.mode} have no defined conversion to RGB")
-        if image.mode in _SIXTEEN_BIT:
+        if image.mode in (*_SIXTEEN_BIT, "I"):
             high_byte = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
             image = Image.fromarray(high_byte.astype(np.uint8))
         if image.mode in ("RGBa", "La"):

@@ -89,9 +89,24 @@ def _list_remote(location: Location) -> Listing:
 
 
 def _list_local(root: str) -> Listing:
-    """Links are followed, also out of the folder (data sets are often made of links); a loop is entered once."""
+    """Links are followed, also out of the folder (data sets are often made of links); every folder is entered once.
+
+    Folders come before links to them, so that a folder inside the data set is listed under its own name.
+    """
     # fsspec's own walk neither follows links nor gives the size of a linked file.
     listing = Listing()
+    entered: dict[str, str] = {}
+    names = [""]
+    while names:
+        names = [link for name in sorted(names) for link in _walk(listing, root, name, entered)]
+    return listing
+
+
+def _walk(listing: Listing, root: str, start: str, entered: dict[str, str]) -> list[str]:
+    """List the files below one folder; returns the links to folders found there, which are not followed yet.
+
+    entered: real path of each folder listed so far -> its name, to which this one's are added.
+    """
 
     def unreadable(error: OSError) -> None:
         name = os.path.relpath(str(error.filename), root)
@@ -99,20 +114,29 @@ def _list_local(root: str) -> Listing:
             raise ValueError(f"preprocess.source: {root} cannot be listed: {error.strerror}")
         listing.skip(name + "/", f"the folder cannot be listed: {error.strerror}")
 
-    for folder, folders, names in os.walk(root, followlinks=True, onerror=unreadable):
+    links = []
+    for folder, folders, names in os.walk(os.path.join(root, start), onerror=unreadable):
         below = PurePosixPath(os.path.relpath(folder, root))
         here = os.path.realpath(folder)
+        if here in entered:
+            listing.skip(f"{below}/", f"the same folder as {entered[here]}/")
+            folders.clear()
+            continue
+        entered[here] = str(below)
         folders[:] = [
-            name
-            for name in folders
-            if not is_hidden(name)
-            and not (here + os.sep).startswith(os.path.realpath(os.path.join(folder, name)) + os.sep)
+            name for name in folders if not is_hidden(name) and not _is_above(os.path.join(folder, name), here)
         ]
-        if folder == root:
+        if not below.parts:
             listing.folders.update(folders)
+        links += [str(below / name) for name in folders if os.path.islink(os.path.join(folder, name))]
         for name in names:
             _add(listing, str(below / name), os.path.join(folder, name))
-    return listing
+    return links
+
+
+def _is_above(folder: str, here: str) -> bool:
+    """Whether a link leads to the folder `here` or one that holds it."""
+    return os.path.islink(folder) and os.path.commonpath([here, target := os.path.realpath(folder)]) == target
 
 
 def _add(listing: Listing, name: str, path: str) -> None:

@@ -125,7 +125,10 @@ def _class_folders(reader: StoredReader, listing: Listing, images: list[str]) ->
     items = [SourceItem(name, number[name.split("/")[0]], *listing.files[name]) for name in images]
     filled = {item.label for item in items}
     skipped = listing.skipped + [not_an_image(name) for name in listing.files if not is_image(name)]
-    skipped += [Skipped(f"{name}/", "class folder without images") for name in classes if number[name] not in filled]
+    # A class without images because a folder of it is not listed is one problem, not two.
+    told = {entry.name.split("/")[0] for entry in listing.skipped if entry.name.endswith("/")}
+    empty = [name for name in classes if number[name] not in filled and name not in told]
+    skipped += [Skipped(f"{name}/", "class folder without images") for name in empty]
     return ImageSource("class-folders", reader, classes, items, sorted(skipped))
 
 
@@ -143,7 +146,8 @@ def _labelled(reader: StoredReader, listing: Listing) -> ImageSource:
             skipped.append(Skipped(name, f"no label in {LABELS_FILE}"))
         else:
             items.append(SourceItem(name, labels[name], *listing.files[name]))
-    num_classes = 1 + max(labels.values(), default=-1)
+    there = listing.files.keys() | {entry.name for entry in listing.skipped}  # a mistyped name must make no classes
+    num_classes = 1 + max((label for name, label in labels.items() if name in there), default=-1)
     return ImageSource("labelled-folder", reader, [str(i) for i in range(num_classes)], items, sorted(skipped))
 
 

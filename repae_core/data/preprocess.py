@@ -8,9 +8,11 @@ import math
 import multiprocessing
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -90,7 +92,8 @@ def plan_preprocessing(
         else images_per_shard
     )
     expected = len(source.items) + sum(entry.failure for entry in source.skipped)
-    max_failures = math.floor(max_skipped_fraction * expected)
+    # As it is written: the product of floats can lie under a whole number, 0.29 * 100 = 28.999999999999996.
+    max_failures = math.floor(Fraction(str(max_skipped_fraction)) * expected)
     check_failures(source.skipped, max_failures)
     plan = plan_shards(len(source.items), size, seed)
     return PreprocessWork(source, plan, artifact, ShardSettings(resolution, encoding, jpeg_quality, max_failures), size)
@@ -111,7 +114,8 @@ def write_missing_shards(
     progress: images of this worker's shards and of those found finished (rank 0 counts these), of all.
 
     Raises:
-        ValueError: more unreadable files than allowed so far; names the first.
+        ValueError: more unreadable files than allowed so far. Names the first: with a limit of 0 the first in the
+            order of this worker's share of the plan, whatever the number of processes; else by name of those so far.
     """
     if processes > 1 and work.artifact.store.url.startswith("memory://"):
         raise ValueError("a memory:// store is seen by one process only: set preprocess.processes=1")
@@ -151,7 +155,7 @@ def finish_preprocessing(work: PreprocessWork) -> dict[str, Any]:
     return {name: index[name] for name in fields} | {"num_shards": len(shards), "bytes": size}
 
 
-Written = Iterator[tuple[int, dict[str, Any]]]  # (k, sidecar) of every missing shard, in the order of finishing
+Written = Iterator[tuple[int, dict[str, Any]]]  # (k, sidecar) of every missing shard, in their order
 
 
 def _write_here(work: PreprocessWork, missing: Iterable[int], _: int) -> Written:
@@ -161,36 +165,52 @@ def _write_here(work: PreprocessWork, missing: Iterable[int], _: int) -> Written
 
 
 def _write_in_processes(work: PreprocessWork, missing: Sequence[int], processes: int) -> Written:
-    """This process is one of them: it is at work while the others start."""
+    """This process is one of them: it is at work while the others start.
+
+    What comes of a shard, also an error, is handed on after those before it: so the error does not depend on timing.
+    """
     where = (work.artifact.store.url, work.artifact.stage, work.artifact.fingerprint)
     # A server process forks the workers: forking this one, which may have threads (torch, fsspec), could deadlock.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     others = min(processes, len(missing)) - 1
     pool = ProcessPoolExecutor(others, context, initializer=_end_with_parent)
-    waiting = iter(missing)
-    running: dict[Future[dict[str, Any]], int] = {}
+    waiting, order = iter(missing), deque(missing)
+    futures: dict[int, Future[dict[str, Any]]] = {}
 
     def submit(count: int) -> None:
-        for k in itertools.islice(waiting, count):
+        for k in itertools.islice(waiting, max(0, count)):
             samples = shard_samples(work.source, work.plan[k])
-            running[pool.submit(_write_in_process, work.source.reader, samples, k, where, work.settings)] = k
+            futures[k] = pool.submit(_write_in_process, work.source.reader, samples, k, where, work.settings)
 
-    def finished(timeout: float | None) -> Written:
-        done, _ = wait(running, timeout, return_when=FIRST_COMPLETED)
-        for future in done:
-            yield running.pop(future), future.result()
-        submit(len(done))
+    def in_order(block: bool) -> Written:
+        while order and order[0] in futures and (block or futures[order[0]].done()):
+            k = order.popleft()
+            yield k, futures.pop(k).result()
 
     try:
         submit(2 * others)
-        for written in _write_here(work, waiting, 1):
-            yield written
-            yield from finished(timeout=0)
-        while running:
-            yield from finished(timeout=None)
+        for k in waiting:
+            futures[k] = _made_here(work, k)
+            yield from in_order(block=False)
+            done = [future for future in futures.values() if future.done()]
+            if any(future.exception() for future in done):
+                break
+            submit(2 * others - (len(futures) - len(done)))
+        yield from in_order(block=True)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _made_here(work: PreprocessWork, k: int) -> Future[dict[str, Any]]:
+    """Shard k, written in this process."""
+    future: Future[dict[str, Any]] = Future()
+    try:
+        [(_, sidecar)] = _write_here(work, [k], 1)
+        future.set_result(sidecar)
+    except Exception as error:
+        future.set_exception(error)
+    return future
 
 
 def _write_in_process(

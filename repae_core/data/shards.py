@@ -227,6 +227,7 @@ def finish(
     num_images = sum(shard["num_images"] for shard in shards)
     if not num_images:
         raise ValueError(f"no image of the source could be read; the first: {min(skipped).name}: {min(skipped).reason}")
+    skipped += _empty_classes(source.class_names, sidecars, skipped)
     lines = ({"path": name, "reason": reason, "failure": failure} for name, reason, failure in sorted(skipped))
     artifact.write_bytes(SKIPPED, "".join(json.dumps(line) + "\n" for line in lines).encode())
     mean, std = _pixel_moments(sums, num_images * settings.resolution**2)
@@ -246,6 +247,19 @@ def finish(
     }
     artifact.write_json(INDEX, index)
     return index
+
+
+def _empty_classes(
+    class_names: Sequence[str], sidecars: Iterable[dict[str, Any]], skipped: Iterable[Skipped]
+) -> list[Skipped]:
+    """Classes without an image in the shards that are not listed yet: numbers left out, or all images unreadable.
+
+    No failures: such numbers may be left out on purpose, and unreadable images count by themselves.
+    """
+    filled = {label for sidecar in sidecars for label in sidecar["labels"]}
+    listed = {entry.name for entry in skipped}
+    names = [f"{name}/" for label, name in enumerate(class_names) if label not in filled]
+    return [Skipped(name, "class without images", failure=False) for name in names if name not in listed]
 
 
 def _pixel_moments(sums: np.ndarray, count: int) -> tuple[list[float], list[float]]:

@@ -128,6 +128,8 @@ def open_source(source: str) -> ImageSource:
 
 
 def _open(source: str) -> ImageSource:
+    if not source.strip():  # else an unset variable would make a data set of the working directory
+        raise ValueError(f"preprocess.source is empty; {LAYOUTS}")
     if source == "digits":
         from repae_core.data.digits_source import open_digits
 

@@ -7,7 +7,7 @@ import tarfile
 from collections.abc import Iterator
 from typing import IO, NamedTuple
 
-from repae_core.data.layouts import Listing, arrange, is_hidden, safe_name, without_wrapper
+from repae_core.data.layouts import LABELS_FILE, Listing, arrange, is_hidden, safe_name, without_wrapper
 from repae_core.data.source_location import Location
 from repae_core.data.source_reader import StoredReader
 from repae_core.data.sources import ImageSource, SourceItem
@@ -48,7 +48,7 @@ class TarReader(StoredReader):
 
 
 def open_tar(location: Location) -> ImageSource:
-    """One or several tars: WebDataset shards if images stand beside labels of their key, else one archive of files.
+    """One or several tars: WebDataset shards if labels stand beside the images, else one archive of files.
 
     Listing reads every header and seeks over the contents. On a local disk that takes about a minute for a million
     images; of a remote tar most bytes are transferred once more, as headers lie between the images.
@@ -57,10 +57,10 @@ def open_tar(location: Location) -> ImageSource:
 
     if len(location.names) > 1:
         return open_webdataset(location, location.names)
-    members = list(tar_members(location, location.names[0], 0))
-    if is_webdataset(members):
-        return open_webdataset(location, location.names)
+    members = resolved(list(tar_members(location, location.names[0], 0)))
     listing = without_wrapper(_listing(members))
+    if LABELS_FILE not in listing.files and is_webdataset(members):
+        return open_webdataset(location, location.names)
     return arrange(location.source, TarReader(location.url, location.path, location.names), listing)
 
 
@@ -82,8 +82,11 @@ def tar_members(location: Location, tar: str, number: int) -> Iterator[Member]:
                 elif name := safe_name(info.name):
                     yield Member(name + "/", 0, ())
             stream.seek(archive.offset)
-            if any(stream.read(tarfile.BLOCKSIZE)):
+            end = stream.read(tarfile.BLOCKSIZE)
+            if any(end):
                 raise tarfile.ReadError("no header where one must be")
+            if len(end) < tarfile.BLOCKSIZE:  # one of the two that end a tar is enough to know that all is there
+                raise tarfile.ReadError("no block of zeros, which ends an archive")
     except (tarfile.TarError, ValueError, OverflowError) as error:  # also sizes and times beyond bounds
         raise ValueError(
             f"preprocess.source: {path} is damaged or cut off after {ascii(last)[1:-1]}: {error}"
@@ -124,7 +127,7 @@ def resolved(members: list[Member]) -> list[Member]:
 
 def _listing(members: list[Member]) -> Listing:
     listing = Listing()
-    for member in resolved(members):
+    for member in members:
         if member.name.endswith("/"):
             if not is_hidden(member.name[:-1]):
                 listing.folders.add(member.name[:-1])

@@ -19,12 +19,21 @@ _LABEL_KEYS = ("label", "cls", "class")
 
 
 def is_webdataset(members: Iterable[Member]) -> bool:
-    """Whether an image of this tar has a label beside it."""
-    names = {member.name for member in members}
-    return any(
-        is_image(name) and any(f"{split_key(name)[0]}.{suffix}" in names for suffix in ("cls", "json"))
-        for name in names
-    )
+    """Whether the images of this tar are labelled by files beside them, not by their folders.
+
+    Loose images: one of them with a `.cls` or `.json` beside it tells. Images in folders might be class folders with
+    annotations: every one of them must have a label beside it.
+    """
+    samples: dict[str, dict[str, Member]] = {}
+    for member in members:
+        if not is_hidden(member.name.rstrip("/")) and not member.name.endswith("/"):
+            key, suffix = split_key(member.name)
+            samples.setdefault(key, {}).setdefault(suffix.lower(), member)
+    with_image = {key: parts for key, parts in samples.items() if _images(parts)}
+    loose = [parts for key, parts in with_image.items() if "/" not in key]
+    if loose:
+        return any("cls" in parts or "json" in parts for parts in loose)
+    return bool(with_image) and not any(isinstance(_label(parts), Skipped) for parts in with_image.values())
 
 
 def split_key(name: str) -> tuple[str, str]:

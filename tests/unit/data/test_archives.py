@@ -369,6 +369,10 @@ def test_damaged_archives_are_refused_whole(tmp_path):
     refused(tar, f"cut off after {member.name}")
     tar.write_bytes(content[: member.offset] + b"garbage " * 64 + content[member.offset + 512 :])
     refused(tar, "cut off after dog/004.png")
+    tar.write_bytes(content[: member.offset])
+    refused(tar, "cut off after dog/004.png: no block of zeros")
+    tar.write_bytes(content[: member.offset + 100])
+    refused(tar, "cut off after dog/004.png")
     archive.write_bytes(archive.read_bytes()[:-100])
     refused(archive, "damaged or cut off")
     table.write_bytes(table.read_bytes()[:-100])
@@ -444,6 +448,30 @@ def test_webdataset_labels_and_what_is_wrong_with_samples(tmp_path):
         source.read(source.items[-1])
 
 
+@pytest.mark.parametrize("beside", ["1.json", "1.cls"])
+def test_class_folders_with_something_beside_an_image_are_no_webdataset(tmp_path, beside):
+    image = photo_files()["cat/000.png"]
+    files = {"cat/1.png": image, f"cat/{beside}": b'{"label": "tabby"}', "dog/2.png": image}
+    folder = open_source(str(write_folder(tmp_path / "folder", files)))
+    wrapped = {f"data/{name}": content for name, content in files.items()}
+    for archive in (write_tar(tmp_path / "a.tar", wrapped), write_zip(tmp_path / "a.zip", files)):
+        source = open_source(str(archive))
+        assert (source.kind, source.class_names) == ("class-folders", ["cat", "dog"])
+        assert source.content_digest() == folder.content_digest()
+
+
+def test_a_tar_with_dataset_json_is_no_webdataset(tmp_path):
+    files = {"1.png": photo_files()["cat/000.png"], "1.json": b"{}", "dataset.json": b'{"labels": [["1.png", 0]]}'}
+    assert open_source(str(write_tar(tmp_path / "a.tar", files))).kind == "labelled-folder"
+
+
+def test_webdataset_keys_in_folders(tmp_path):
+    image = photo_files()["cat/000.png"]
+    files = {"train/1.png": image, "train/1.cls": b"1", "train/2.png": image, "train/2.json": b'{"label": 0}'}
+    source = open_source(str(write_tar(tmp_path / "a.tar", files)))
+    assert (source.kind, [item.label for item in source.items]) == ("webdataset", [1, 0])
+
+
 def test_webdataset_class_names(tmp_path):
     image = photo_files()["cat/000.png"]
     named = [("1.png", image), ("1.cls", b"owl"), ("2.png", image), ("2.json", b'{"label": "cat"}')]
@@ -481,6 +509,7 @@ def test_parquet_rows_without_image_or_label(tmp_path):
     ]
     lines = [json.loads(line) for line in shards_of(source, tmp_path / "store")["skipped.jsonl"].splitlines()]
     assert {line["path"]: line["reason"] for line in lines if line["path"] < "t.parquet/00000003"} == {
+        "cat/": "class without images",
         "owl/": "class without images",
         "t.parquet/00000001": "the table holds a path instead of the image",
         "t.parquet/00000002": "no image in this row",

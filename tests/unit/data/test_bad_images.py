@@ -134,10 +134,11 @@ def test_an_unreadable_file_and_folder(tmp_path, monkeypatch):
     preprocess_images(source, made, **SETTINGS, max_skipped_fraction=0.9)
     lines = [json.loads(line) for line in made.read_bytes("skipped.jsonl").splitlines()]
     assert [(line["path"], line["reason"]) for line in lines] == [
+        ("a/", "class without images"),
         ("a/1.png", "permission denied"),
-        ("b/", "class folder without images"),
         ("b/", "the folder cannot be listed: Permission denied"),
     ]
+    assert [line["failure"] for line in lines] == [False, True, True]  # one problem each
 
 
 def test_a_machine_without_file_handles_is_no_bad_image(tmp_path, monkeypatch):

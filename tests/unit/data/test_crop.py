@@ -50,6 +50,27 @@ def test_sixteen_bit_grey_keeps_the_high_byte(kind):
     assert np.array_equal(rgb[..., 0], rgb[..., 2])
 
 
+def test_sixteen_bit_pgm_keeps_the_high_byte():
+    values = np.array([[0, 255, 256], [32768, 65280, 65535]], dtype=np.uint16)
+    image = open_image(b"P5 3 2 65535\n" + values.astype(">u2").tobytes())
+    assert np.array_equal(np.asarray(to_rgb(image))[..., 0], values >> 8)
+
+
+@pytest.mark.parametrize("kind", ["EPS", "ICO", "TGA", "PDF"])
+def test_other_formats_are_no_images_whatever_programs_are_there(kind, monkeypatch):
+    monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("an external program was started"))
+    stream = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(stream, kind)
+    with pytest.raises(BadImageError, match=r"^not an image, or damaged at its start$"):
+        center_crop(open_image(stream.getvalue()), 8)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "MPO", "PNG", "WEBP", "GIF", "TIFF", "BMP", "DIB", "JPEG2000", "AVIF", "PPM"])
+def test_every_stated_format_is_read(kind):
+    options = {"save_all": True, "append_images": [Image.new("RGB", (16, 16))]} if kind == "MPO" else {}
+    assert center_crop(stored(Image.new("RGB", (16, 16)), kind, **options), 8).shape == (8, 8, 3)
+
+
 def test_alpha_is_dropped_not_blended():
     pixels = np.full((4, 4, 4), (10, 20, 30, 0), dtype=np.uint8)
     assert (np.asarray(to_rgb(stored(Image.fromarray(pixels), "PNG"))) == (10, 20, 30)).all()
@@ -63,12 +84,12 @@ def test_palette_with_transparency():
     assert (np.asarray(to_rgb(stored(image, "PNG", transparency=1))) == (9, 8, 7)).all()
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "La", "P", "PA", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "I"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "La", "P", "PA", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"])
 def test_every_defined_mode_becomes_rgb(mode):
     assert center_crop(Image.new(mode, (20, 10)), 8).shape == (8, 8, 3)
 
 
-@pytest.mark.parametrize("mode", ["F", "LAB"])
+@pytest.mark.parametrize("mode", ["F", "LAB", "I"])
 def test_undefined_modes_are_refused_by_name(mode):
     with pytest.raises(ValueError, match=f"mode {mode}"):
         to_rgb(Image.new(mode, (4, 4)))

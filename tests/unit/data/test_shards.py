@@ -1,5 +1,6 @@
 """`preprocess_images`: what it writes, that it is always the same, and what happens to bad files."""
 
+import dataclasses
 import io
 import json
 import os
@@ -15,9 +16,9 @@ from PIL import Image
 from repae_core.artifacts import Artifact, Store
 from repae_core.data.crop import center_crop
 from repae_core.data.image_shards import ImageShards
-from repae_core.data.preprocess import preprocess_images
-from repae_core.data.shards import plan_shards
-from repae_core.data.sources import open_source
+from repae_core.data.preprocess import plan_preprocessing, preprocess_images
+from repae_core.data.shards import encode_image, plan_shards
+from repae_core.data.sources import Skipped, open_source
 
 SETTINGS = {"resolution": 16, "images_per_shard": 5, "seed": 3, "encoding": "png", "max_skipped_fraction": 0.0}
 
@@ -133,7 +134,7 @@ import sys, time
 from repae_core.artifacts import Artifact, Store
 from repae_core.data import sources
 from repae_core.data.folder_source import FolderReader
-from repae_core.data.preprocess import preprocess_images
+from repae_core.data.preprocess import plan_preprocessing, preprocess_images
 
 read = FolderReader.read
 FolderReader.read = lambda self, name: (time.sleep(0.02), read(self, name))[1]
@@ -242,6 +243,35 @@ def test_too_many_bad_files_stop_the_stage_and_name_one(tmp_path, processes):
     assert preprocess_images(source, made, **SETTINGS | {"max_skipped_fraction": 0.2})["num_skipped"] == 2
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_at_limit_zero_the_first_bad_file_of_the_plan_is_named(tmp_path, seed):
+    folder = write_photos(tmp_path / "source", 40)
+    names = [item.name for item in open_source(str(folder)).items]
+    shards = [[names[position] for position in shard] for shard in plan_shards(40, 4, seed)]
+    for shard in shards[2:]:
+        (folder / shard[3]).write_bytes(b"")
+    noise = np.random.default_rng(0).integers(0, 256, (3000, 3000, 3), dtype=np.uint8)
+    slow = encode_image(Image.fromarray(noise), "png")  # found out when others have long been
+    (folder / shards[2][3]).write_bytes(slow[:-1000])
+    for processes in (1, 2, 3):
+        made = artifact(tmp_path / f"store{processes}")
+        settings = SETTINGS | {"images_per_shard": 4, "seed": seed}
+        with pytest.raises(ValueError, match="max_skipped_fraction allows 0") as caught:
+            preprocess_images(open_source(str(folder)), made, **settings, processes=processes)
+        assert str(caught.value).startswith(shards[2][3])
+
+
+def test_a_share_of_failures_equal_to_the_limit_is_allowed(source, tmp_path):
+    hundred = dataclasses.replace(
+        source, items=source.items[:1] * 71, skipped=[Skipped(f"{number:02d}", "bad") for number in range(29)]
+    )
+    settings = {"resolution": 16, "seed": 0}
+    work = plan_preprocessing(hundred, artifact(tmp_path), **settings, max_skipped_fraction=0.29)
+    assert work.settings.max_failures == 29
+    with pytest.raises(ValueError, match=r"29 unreadable so far.*allows 28"):
+        plan_preprocessing(hundred, artifact(tmp_path), **settings, max_skipped_fraction=0.289)
+
+
 def test_listed_failures_count_before_any_work(tmp_path):
     folder = write_photos(tmp_path / "source", 6)
     (folder / "empty").mkdir()
@@ -249,6 +279,23 @@ def test_listed_failures_count_before_any_work(tmp_path):
     with pytest.raises(ValueError, match="empty/: class folder without images"):
         preprocess_images(open_source(str(folder)), made, **SETTINGS)
     assert made.files() == {}
+
+
+def test_class_numbers_left_out_are_listed(tmp_path):
+    folder = write_photos(tmp_path / "source", 4)
+    names = [f"class{number % 3}/{number:03d}.{'jpg' if number % 2 else 'png'}" for number in range(4)]
+    labels = [*zip(names, (0, 3, 3, 5), strict=True), ("gone.png", 900_000)]
+    (folder / "dataset.json").write_text(json.dumps({"labels": labels}))
+    made = artifact(tmp_path / "store")
+    settings = SETTINGS | {"max_skipped_fraction": 0.2}
+    assert preprocess_images(open_source(str(folder)), made, **settings)["num_classes"] == 6
+    lines = [json.loads(line) for line in made.read_bytes("skipped.jsonl").splitlines()]
+    assert [(line["path"], line["failure"]) for line in lines] == [
+        ("1/", False),
+        ("2/", False),
+        ("4/", False),
+        ("gone.png", True),
+    ]
 
 
 def test_a_source_without_one_readable_image(tmp_path):

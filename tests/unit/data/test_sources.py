@@ -76,6 +76,35 @@ def test_links_are_followed_and_loops_end(folder, tmp_path_factory):
     assert Skipped("a/z.png", "a link to nothing") in source.skipped
 
 
+def test_folders_that_link_to_each_other_are_entered_once(tmp_path):
+    for name in "xyz":
+        write_image(tmp_path / name / "1.png")
+    for name in "xyz":
+        for other in {*"xyz"} - {name}:
+            for number in range(8):  # followed as often as they are met, they would never end
+                os.symlink(f"../{other}", tmp_path / name / f"{other}{number}")
+    os.symlink("/", tmp_path / "x" / "everything")
+    source = open_source(str(tmp_path))
+    assert [item[:2] for item in source.items] == [("x/1.png", 0), ("y/1.png", 1), ("z/1.png", 2)]
+    assert len(source.skipped) == 48
+    assert Skipped("x/y0/", "the same folder as y/") in source.skipped
+
+
+def test_two_links_to_one_folder(tmp_path):
+    write_image(tmp_path / "pool" / "sub" / "1.png")
+    for name in "ab":
+        (tmp_path / "set" / name).mkdir(parents=True)
+        os.symlink(tmp_path / "pool" / "sub", tmp_path / "set" / name / "link")
+    os.symlink(tmp_path / "pool" / "sub", tmp_path / "set" / "c")
+    source = open_source(str(tmp_path / "set"))
+    assert [item[:2] for item in source.items] == [("a/link/1.png", 0)]
+    assert source.class_names == ["a", "b", "c"]
+    assert source.skipped == [
+        Skipped("b/link/", "the same folder as a/link/"),
+        Skipped("c/", "the same folder as a/link/"),
+    ]
+
+
 def test_folders_in_a_class_belong_to_it(tmp_path):
     write_image(tmp_path / "dog" / "small" / "1.png")
     assert open_source(str(tmp_path)).items[0][:2] == ("dog/small/1.png", 0)
@@ -154,6 +183,8 @@ def test_errors_before_any_work(tmp_path):
         assert "\n" not in str(caught.value)
         assert "preprocess.source" in str(caught.value)
 
+    refused("", "preprocess.source is empty; expected one folder per class")
+    refused(" ", "preprocess.source is empty")
     refused(tmp_path / "nowhere", "does not exist; expected one folder per class")
     refused(tmp_path, "no images found in .*expected one folder per class")
     (tmp_path / "notes.txt").write_text("x")
