@@ -10,6 +10,7 @@ from repae_core.artifacts import Artifact, Store, save_run
 from repae_core.data import ImageShards
 from repae_core.stages.evaluate import Evaluation
 from repae_core.stages.evaluation_parts import split_group, write_missing_parts
+from tasks.compare import compare_scores
 
 
 def evaluate(finished, name, *, world=1, batch_size=5, stop_after=None, store=None, **overrides):
@@ -112,6 +113,35 @@ def test_compare(finished, call, tmp_path):
     code, _, err = call("compare", other.run_id, "unfinished", *store)
     assert code == 2
     assert "run unfinished has no finished evaluate" in err
+
+
+def test_compare_shows_what_the_protocol_does_not_tell(finished, tmp_path):
+    """Same file name, other content; another checkpoint and precision."""
+    scored = []
+    for seed in (0, 1):
+        images = np.random.default_rng(seed).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
+        np.savez(tmp_path / "same.npz", arr_0=images)
+        scored.append(finished.run(f"evaluate.reference={tmp_path}/same.npz", "evaluate.vae_images=0"))
+    differences = compare_scores(finished.store, scored).differences
+    assert list(differences) == ["reference.sha256"]
+    other = finished.run("generate.checkpoint=16", "generate.mixed_precision=bf16", "evaluate.vae_images=0")
+    differences = compare_scores(finished.store, [finished.record, other]).differences
+    assert differences["checkpoint.checkpoint"] == ["last", "16"]
+    assert differences["sampler.mixed_precision"] == ["no", "bf16"]
+    assert "samples" not in differences
+    assert compare_scores(finished.store, [other, other]).differences == {}
+
+
+def test_compare_takes_the_latest_run_with_scores(finished, call, monkeypatch):
+    """Not the failed one after it; and the tables keep run ids and scores whole at 80 columns."""
+    monkeypatch.setenv("COLUMNS", "80")
+    other = finished.run("generate.guidance=1.0")
+    save_run(finished.store, other.model_copy(update={"run_id": "99999999-failed", "stages": {}, "status": "failed"}))
+    code, out, err = call("compare", "latest", finished.record.run_id, "--store", finished.store.url)
+    assert code == 0, err
+    assert f"Run 1    {other.run_id}\nRun 2    {finished.record.run_id}\n" in out
+    assert " precision " in out
+    assert " reconstructions_before " in out
 
 
 @pytest.mark.parametrize("kind", ["full-pipeline", "evaluate"])
