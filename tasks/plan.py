@@ -19,7 +19,7 @@ VERSIONS = {
     "cache-latents": 4,
     "train-ldm": 2,
     "generate": 2,
-    "evaluate": 2,
+    "evaluate": 3,
 }
 
 

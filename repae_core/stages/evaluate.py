@@ -115,7 +115,7 @@ class Evaluation:
             rows["real"] = floor
         if work.vae_images:
             rows |= self._vae_rows()
-        metrics = table(work, rows, reference, self.section)
+        metrics = table(work, rows, reference, self.section, self.inputs["samples"])
         metrics["provenance"] = provenance(work, reference, self.section, self.inputs)
         metrics |= self._pictures(reference)
         if not work.extractor.published_weights:

@@ -126,8 +126,8 @@ def test_compare_shows_what_the_protocol_does_not_tell(finished, tmp_path):
     assert list(differences) == ["reference.sha256"]
     other = finished.run("generate.checkpoint=16", "generate.mixed_precision=bf16", "evaluate.vae_images=0")
     differences = compare_scores(finished.store, [finished.record, other]).differences
-    assert differences["checkpoint.checkpoint"] == ["last", "16"]
-    assert differences["sampler.mixed_precision"] == ["no", "bf16"]
+    assert differences["checkpoint"] == ["train-ldm@32", "train-ldm@16"]
+    assert differences["sampler"] == ["ode, 2 steps, linear path", "ode, 2 steps, linear path, bf16"]
     assert "samples" not in differences
     assert compare_scores(finished.store, [other, other]).differences == {}
 
