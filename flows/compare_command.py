@@ -10,8 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flows.inspect_command import open_store
-from repae_core.artifacts import load_run
-from tasks.compare import Comparison, artifact_of, compare_scores, comparison_page
+from tasks.compare import Comparison, compare_scores, comparison_page, scored_run, scored_samples
 
 
 def compare_runs(runs: Sequence[str], store: str, output: str, seed: int) -> None:
@@ -21,11 +20,11 @@ def compare_runs(runs: Sequence[str], store: str, output: str, seed: int) -> Non
         ValueError: fewer than two different runs, or one that was not evaluated.
     """
     opened = open_store(store)
-    records = [load_run(opened, run) for run in runs]
+    records = [scored_run(opened, run) for run in runs]
     if len({record.run_id for record in records}) < max(2, len(runs)):
         raise ValueError(f"compare needs two or more different runs; given: {', '.join(r.run_id for r in records)}")
     comparison = compare_scores(opened, records)
-    samples = [(record.run_id, artifact_of(opened, record, "generate")) for record in records]
+    samples = [(record.run_id, scored_samples(opened, record)) for record in records]
     from repae_core.stages.compare import compare_samples
 
     picture, same_noise = compare_samples(samples, seed=seed)
@@ -36,7 +35,10 @@ def compare_runs(runs: Sequence[str], store: str, output: str, seed: int) -> Non
     key = f"runs/{records[0].run_id}/compare.html"
     opened.write_bytes(key, page)
     console = Console()
-    for table in _tables(comparison, [record.run_id for record in records]):
+    ids = [record.run_id for record in records]
+    for number, run in enumerate(ids, start=1):
+        console.print(f"Run {number}    {run}", soft_wrap=True)
+    for table in _tables(comparison, ids):
         console.print(table)
     console.print(note, soft_wrap=True)
     console.print(f"Page     {opened.uri(key)}", soft_wrap=True)
@@ -45,17 +47,24 @@ def compare_runs(runs: Sequence[str], store: str, output: str, seed: int) -> Non
         console.print(f"Copy     {output}", soft_wrap=True)
 
 
-def _tables(comparison: Comparison, runs: Sequence[str]) -> list[Table]:
+def _tables(comparison: Comparison, ids: Sequence[str]) -> list[Table]:
+    """A line a score and a numbered column a run: that fits where ids and scores side by side would not."""
+    columns = [f"run {number}" for number in range(1, len(ids) + 1)]
+    cells = {(run, of): dict(zip(comparison.header[2:], rest, strict=True)) for run, of, *rest in comparison.rows}
     scores = Table(title="scores")
-    for column in comparison.header:
-        scores.add_column(column, overflow="fold")
-    for row in comparison.rows:
-        scores.add_row(*row)
+    for column in ("of", "score", *columns):
+        scores.add_column(column, overflow="fold", justify="right" if column in columns else "left")
+    for of in dict.fromkeys(of for _, of in cells):
+        for score in comparison.header[2:]:
+            values = [cells.get((run, of), {}).get(score, "") for run in ids]
+            if any(values):
+                scores.add_row(of, score, *values)
+        scores.add_section()
     if not comparison.differences:
         return [scores]
-    protocol = Table(title="what differs in the protocol")
-    for column in ("", *runs):
-        protocol.add_column(column, overflow="fold")
+    different = Table(title="what differs in protocol and provenance")
+    for column in ("", *columns):
+        different.add_column(column, overflow="fold")
     for entry, values in comparison.differences.items():
-        protocol.add_row(entry, *values)
-    return [scores, protocol]
+        different.add_row(entry, *values)
+    return [scores, different]

@@ -54,7 +54,7 @@ def check_before_start(
     """Everything that can be wrong in the input, before any service starts."""
     from tasks.decisions import decide
     from tasks.pipeline_run import forced_stages
-    from tasks.plan import make_plan, require_extractor_weights
+    from tasks.plan import make_plan, require_scorable
     from tasks.stage import require_inputs
     from tasks.stage_inputs import input_references
 
@@ -62,9 +62,9 @@ def check_before_start(
     store = Store(config.store, retry_seconds=10)
     store.check()
     references = {only: input_references(config, only, inputs)} if only else {}
-    plan = make_plan(config, store, references=references)
     if only in (None, "evaluate"):
-        require_extractor_weights(config)
+        require_scorable(config)
+    plan = make_plan(config, store, references=references)
     if only is not None:
         if only not in plan.stages:
             raise ValueError(

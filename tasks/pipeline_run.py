@@ -12,7 +12,7 @@ from typing import Literal
 from repae_core.artifacts import RunRecord, StageRecord, Store, StoreError, new_run_id, save_run
 from repae_core.config import STAGES, PipelineConfig, section_name, stage_name
 from tasks.display import Display
-from tasks.plan import Plan, make_plan, require_extractor_weights
+from tasks.plan import Plan, make_plan, require_scorable
 from tasks.progress_page import ProgressPage
 from tasks.ray_session import RaySession
 from tasks.run_page import publish_run_page
@@ -93,7 +93,7 @@ def open_run(
     if store.url.startswith("memory:") and distributed:
         raise ValueError(f"store: memory:// works only with {distributed[0]}.workers=0")
     if kind in ("full-pipeline", "evaluate"):
-        require_extractor_weights(config)
+        require_scorable(config)
     plan = make_plan(config, store, references=references)
     run_id = new_run_id()
     session, display = RaySession(), display or Display()

@@ -8,6 +8,7 @@ from typing import Any
 
 from repae_core.artifacts import Artifact, Store, fingerprint
 from repae_core.config import STAGES, PipelineConfig, content_paths, output_fields, section_name
+from repae_core.config.stages import TOO_FEW_SAMPLES
 from repae_core.data.sources import ImageSource, open_source
 from repae_core.remote_files import local_copy, sha256_of
 from tasks.stage_inputs import resolve_inputs
@@ -20,7 +21,7 @@ VERSIONS = {
     "cache-latents": 4,
     "train-ldm": 2,
     "generate": 2,
-    "evaluate": 2,
+    "evaluate": 3,
 }
 
 
@@ -106,7 +107,7 @@ def _payload(config: PipelineConfig, stage: str, inputs: Mapping[str, Artifact])
         if not guide:
             del values["guide_checkpoint"], values["guide_weights"]
     if stage == "evaluate" and config.evaluate.reference != "auto":
-        values["reference"] = file_sha256(config.evaluate.reference, "evaluate.reference")
+        values["reference"] = _reference_sha256(config.evaluate.reference)
     return {
         "stage": stage,
         "version": VERSIONS[stage],
@@ -130,12 +131,27 @@ def _require_timm_models(config: PipelineConfig) -> None:
                     raise ValueError(f"{section}.encoder: {error}") from None
 
 
-def require_extractor_weights(config: PipelineConfig) -> None:
-    """Inception's weights are the user's to give; ValueError with the command that fetches them, before any work."""
+def _reference_sha256(path: str) -> str:
+    """Of a reference file that can be one: a wrong file is told before any work."""
+    from repae_core.evaluation import check_reference_file  # imports torch
+
+    check_reference_file(path)
+    return file_sha256(path, "evaluate.reference")
+
+
+def require_scorable(config: PipelineConfig) -> None:
+    """What evaluation of this config cannot do without, before any work.
+
+    Raises:
+        ValueError: Inception's weights, which are the user's to give (names the command that fetches them); or too few
+            samples.
+    """
     if config.evaluate.extractor == "inception" and not config.evaluate.extractor_weights:
         from repae_core.evaluation.inception import missing_weights
 
         raise ValueError(missing_weights())
+    if config.generate.num_images < 2:
+        raise ValueError(TOO_FEW_SAMPLES.format(config.generate.num_images))
 
 
 def _require_classes(config: PipelineConfig, found: int) -> None:

@@ -145,6 +145,7 @@ class GenerateConfig(Config):
         return self.steps or (250 if self.sampler == "sde" else 50)
 
 
+TOO_FEW_SAMPLES = "generate.num_images={}: evaluate needs at least 2 images"
 OWN_EXTRACTORS = ("inception", "dinov2", "digits")  # besides these, every encoder
 
 
@@ -196,7 +197,9 @@ class EvaluateConfig(Config):
         return tuple(v.strip() for v in value.split(",") if v.strip()) if isinstance(value, str) else value
 
     @model_validator(mode="after")
-    def _a_file_each(self) -> EvaluateConfig:
+    def _can_be_scored(self) -> EvaluateConfig:
+        if self.vae_images == 1:
+            raise ValueError("vae_images must be 0 or at least 2: one image has no covariance")
         if self.perceptual_weights and len(self.perceptual_weights) != len(self.perceptual):
             raise ValueError("perceptual_weights must name one file for each perceptual distance")
         return self

@@ -14,12 +14,12 @@ from repae_core.evaluation.precision_recall import precision_recall
 from repae_core.evaluation.reconstruction import psnr, ssim
 from repae_core.evaluation.reference import (
     Reference,
-    ReferenceFile,
-    read_reference_file,
     reference_from_features,
+    reference_from_statistics,
     save_reference,
     saved_reference,
 )
+from repae_core.evaluation.reference_file import ReferenceFile, check_reference_file, read_reference_file
 from repae_core.evaluation.scores import batches_of, class_accuracy, score_samples
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "ReferenceFile",
     "batches_of",
     "build_extractor",
+    "check_reference_file",
     "class_accuracy",
     "frechet_distance",
     "inception_score",
@@ -41,6 +42,7 @@ __all__ = [
     "psnr",
     "read_reference_file",
     "reference_from_features",
+    "reference_from_statistics",
     "save_reference",
     "saved_reference",
     "score_samples",

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import zipfile
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,7 +11,7 @@ from torch import Tensor
 
 from repae_core.artifacts import Store
 from repae_core.evaluation.moments import Moments
-from repae_core.remote_files import local_copy, sha256_of
+from repae_core.evaluation.reference_file import DAMAGED, ReferenceFile
 
 FOLDER = "statistics"
 
@@ -42,51 +40,14 @@ def reference_from_features(features: Tensor, description: str) -> Reference:
     return Reference(description, found.mean, found.covariance, features, images=len(features))
 
 
-@dataclass(frozen=True)
-class ReferenceFile:
-    """ADM's `.npz`: images `arr_0` uint8 [N,H,W,3], and/or statistics `mu, sigma, mu_s, sigma_s`."""
-
-    name: str
-    sha256: str
-    images: np.ndarray | None
-    statistics: dict[str, np.ndarray] = field(default_factory=dict)
-
-    def reference(self, features: Tensor | None, computed: Reference | None) -> Reference:
-        """Statistics of the file where it has them, else those computed of its images."""
-        stats = self.statistics
-        if "mu" not in stats:
-            assert computed is not None
-            return computed
-        spatial = (stats["mu_s"], stats["sigma_s"]) if "mu_s" in stats else None
-        return Reference(
-            f"statistics of {self.name}", stats["mu"], stats["sigma"], features, spatial, sha256=self.sha256
-        )
-
-
-def read_reference_file(path: str) -> ReferenceFile:
-    """An ADM reference, read without unpickling; `path`: local or remote.
-
-    Raises:
-        ValueError: unreadable, not such a file, or neither statistics nor images are in it; one line naming it.
-    """
-    try:
-        local = local_copy(path)
-        with np.load(local, allow_pickle=False) as loaded:
-            names = [n for n in ("arr_0", "mu", "sigma", "mu_s", "sigma_s") if n in loaded]
-            arrays: dict[str, Any] = {name: loaded[name] for name in names}
-    except (OSError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"evaluate.reference: {path}: {' '.join(str(error).split())}") from None
-    images = arrays.pop("arr_0", None)
-    if images is not None and (images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3):
-        raise ValueError(
-            f"evaluate.reference: {path}: arr_0 is {images.dtype} {list(images.shape)}, not uint8 [N,H,W,3]"
-        )
-    for pair in (("mu", "sigma"), ("mu_s", "sigma_s")):
-        if (pair[0] in arrays) != (pair[1] in arrays):
-            raise ValueError(f"evaluate.reference: {path} holds only one of {pair[0]} and {pair[1]}")
-    if images is None and "mu" not in arrays:
-        raise ValueError(f"evaluate.reference: {path} holds neither mu and sigma nor arr_0")
-    return ReferenceFile(path.rsplit("/", 1)[-1], sha256_of(local), images, arrays)
+def reference_from_statistics(file: ReferenceFile, features: Tensor | None, computed: Reference | None) -> Reference:
+    """Statistics of the file where it has them, else those computed of its images."""
+    stats = file.statistics
+    if "mu" not in stats:
+        assert computed is not None
+        return computed
+    spatial = (stats["mu_s"], stats["sigma_s"]) if "mu_s" in stats else None
+    return Reference(f"statistics of {file.name}", stats["mu"], stats["sigma"], features, spatial, sha256=file.sha256)
 
 
 def save_reference(store: Store, key: str, reference: Reference) -> None:
@@ -109,10 +70,9 @@ def saved_reference(store: Store, key: str, *, description: str, sha256: str) ->
     try:
         with np.load(io.BytesIO(store.read_bytes(name)), allow_pickle=False) as loaded:
             arrays = dict(loaded)
-    except (ValueError, OSError, zipfile.BadZipFile):
+        mu, sigma, images = arrays["mu"], arrays["sigma"], int(arrays["images"]) or None
+    except DAMAGED:
         return None
     features = torch.from_numpy(arrays["features"]) if "features" in arrays else None
     spatial = (arrays["mu_s"], arrays["sigma_s"]) if "mu_s" in arrays else None
-    return Reference(
-        description, arrays["mu"], arrays["sigma"], features, spatial, int(arrays["images"]) or None, sha256
-    )
+    return Reference(description, mu, sigma, features, spatial, images, sha256)

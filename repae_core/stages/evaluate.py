@@ -13,9 +13,10 @@ from torch import Tensor
 
 from repae_core.artifact_models import load_untuned_vae, load_vae
 from repae_core.artifacts import Artifact
-from repae_core.config.stages import EvaluateConfig
+from repae_core.config.stages import TOO_FEW_SAMPLES, EvaluateConfig
 from repae_core.data import ImageShards, batch_indices
 from repae_core.evaluation import (
+    FeatureExtractor,
     Features,
     Reference,
     ReferenceFile,
@@ -24,6 +25,7 @@ from repae_core.evaluation import (
     frechet_distance,
     read_reference_file,
     reference_from_features,
+    reference_from_statistics,
     save_reference,
     saved_reference,
     score_samples,
@@ -64,11 +66,13 @@ class Evaluation:
         self.file: ReferenceFile | None = None
         if section.reference != "auto":
             self.file = read_reference_file(section.reference)
+            self._require_widths(extractor, self.file)
         self.reference_sha256 = self.file.sha256 if self.file else self.images.content_sha256
         named = [extractor.name, extractor.weights_sha256, self.reference_sha256, seed]
         self.cache_key = hashlib.sha256(json.dumps(named).encode()).hexdigest()[:32]
         self.cached = self._cached()
         info = inputs["samples"].read_json("samples.json")
+        self._require_enough_images(info)
         pixels, labels = read_samples(inputs["samples"], info["shards"])
         weights = section.perceptual_weights or ("",) * len(section.perceptual)
         perceptual = zip(section.perceptual, weights, strict=True) if section.vae_images else ()
@@ -89,6 +93,28 @@ class Evaluation:
             seed=seed,
             perceptual={_column(name): build_perceptual(name, path or None) for name, path in perceptual},
         )
+
+    def _require_widths(self, extractor: FeatureExtractor, file: ReferenceFile) -> None:
+        """Statistics of another network are told by one image, before features of all."""
+        if not file.statistics:
+            return
+        side = self.images.resolution
+        found = extractor.batch(torch.zeros(1, 3, side, side, dtype=torch.uint8))
+        for name, features in (("mu", found.features), ("mu_s", found.spatial)):
+            if name in file.statistics and features is not None:
+                theirs, ours = len(file.statistics[name]), features.shape[1]
+                if theirs != ours:
+                    raise ValueError(
+                        f"evaluate.reference: {self.section.reference}: {name} has {theirs} features, the extractor "
+                        f"{extractor.name} {ours}: the file belongs to another extractor"
+                    )
+
+    def _require_enough_images(self, info: dict[str, Any]) -> None:
+        """A covariance needs two images: told by the name of what is too small, before features of all."""
+        if info["num_images"] < 2:
+            raise ValueError(TOO_FEW_SAMPLES.format(info["num_images"]))
+        if len(self.images) < 2:
+            raise ValueError("preprocess.source: 1 image; evaluate needs at least 2 images")
 
     def _vaes(self) -> dict[str, Any]:
         before = load_untuned_vae(self.inputs["vae"])
@@ -115,7 +141,7 @@ class Evaluation:
             rows["real"] = floor
         if work.vae_images:
             rows |= self._vae_rows()
-        metrics = table(work, rows, reference, self.section)
+        metrics = table(work, rows, reference, self.section, self.inputs["samples"])
         metrics["provenance"] = provenance(work, reference, self.section, self.inputs)
         metrics |= self._pictures(reference)
         if not work.extractor.published_weights:
@@ -145,7 +171,7 @@ class Evaluation:
             )
             save_reference(self.out.store, self.cache_key, found)
         if self.file is not None:
-            return self.file.reference(found.features if found else None, found)
+            return reference_from_statistics(self.file, found.features if found else None, found)
         assert found is not None
         return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from repae_core.artifacts import Artifact
+from repae_core.artifacts.checkpoints import committed_checkpoints
 from repae_core.config.stages import EvaluateConfig
 from repae_core.evaluation import Reference
 from repae_core.evaluation.inception import INCEPTION_SHA256
@@ -21,14 +22,14 @@ IS_CHUNK = 5000
 
 
 def table(
-    work: EvaluationWork, rows: dict[str, Scores], reference: Reference, section: EvaluateConfig
+    work: EvaluationWork, rows: dict[str, Scores], reference: Reference, section: EvaluateConfig, samples: Artifact
 ) -> dict[str, Any]:
     """Columns, rows, the protocol in words and notes."""
     names = (work.extractor.distance_name, *COLUMNS)
     return {
         "columns": [name for name in names if any(name in row for row in rows.values())],
         "rows": rows,
-        "protocol": _protocol(work, reference, section),
+        "protocol": _protocol(work, reference, section, sampled_models(samples)),
         "notes": _notes(work, rows),
     }
 
@@ -38,16 +39,15 @@ def provenance(
 ) -> dict[str, Any]:
     """Everything needed to quote the scores, or to get them again."""
     info, extractor = work.info, work.extractor
-    manifest = inputs["samples"].manifest()
-    model = manifest.inputs["model"].model_dump(exclude={"manifest_sha256"}) if manifest else {}  # it holds times
-    made = manifest.config["config"] if manifest else {}
+    models = sampled_models(inputs["samples"])
     return {
         "num_images": len(work.pixels),
         "labels": info["labels"],
         "seeds": {"generate": info["seed"], "evaluate": work.seed},
         "sampler": info["sampler"],
         "weights": info["weights"],
-        "checkpoint": model | {"checkpoint": made.get("checkpoint", "")},
+        "checkpoint": models.get("model", {}),
+        "guide": models.get("guide"),
         "samples": inputs["samples"].fingerprint,
         "vae": inputs["vae"].fingerprint,
         "extractor": {
@@ -69,21 +69,66 @@ def provenance(
     }
 
 
+def sampled_models(samples: Artifact) -> dict[str, dict[str, Any]]:
+    """Of a `generate` artifact's `model` and, with autoguidance, `guide`: which training, checkpoint and weights.
+
+    images_seen: what the checkpoint `last` was; None where the training is no longer in the store.
+    """
+    manifest = samples.manifest()
+    made = manifest.config["config"] if manifest else {}
+    found = {}
+    for role, prefix in (("model", ""), ("guide", "guide_")):
+        entry = manifest.inputs.get(role) if manifest else None
+        if entry is None:
+            continue
+        checkpoint = made.get(f"{prefix}checkpoint", "last")
+        found[role] = {
+            "stage": entry.stage,
+            "fingerprint": entry.fingerprint,
+            "checkpoint": checkpoint,
+            "images_seen": _images_seen(Artifact(samples.store, entry.stage, entry.fingerprint), checkpoint),
+            "weights": made.get(f"{prefix}weights", "ema"),
+        }
+    return found
+
+
+def _images_seen(model: Artifact, checkpoint: str) -> int | None:
+    if checkpoint != "last":
+        return int(checkpoint)
+    whole = committed_checkpoints(model)
+    return whole[-1] if whole else None
+
+
+def _model_in_words(model: dict[str, Any]) -> str:
+    return f"{model['stage']}@{model['images_seen'] or model['checkpoint']}"
+
+
+def _guidance_in_words(sampler: dict[str, Any], guide: dict[str, Any] | None) -> str:
+    low, high = sampler["interval"]
+    times = f"on t in [{low:g}, {high:g}]"
+    if guide is None:
+        return f"{sampler['guidance']:g} {times}"
+    return f"autoguidance {sampler['guidance']:g} by {_model_in_words(guide)} ({guide['weights']}) {times}"
+
+
 def _kid_size(work: EvaluationWork, reference: Reference) -> int:
     real = 0 if reference.features is None else len(reference.features)
     return min(KID_SUBSET_SIZE, len(work.pixels), real)
 
 
-def _protocol(work: EvaluationWork, reference: Reference, section: EvaluateConfig) -> dict[str, str]:
+def _protocol(
+    work: EvaluationWork, reference: Reference, section: EvaluateConfig, models: dict[str, dict[str, Any]]
+) -> dict[str, str]:
     info, sampler = work.info, work.info["sampler"]
-    guidance = f"{sampler['guidance']:g} on t in [{sampler['interval'][0]:g}, {sampler['interval'][1]:g}]"
+    precision = "" if sampler.get("mixed_precision", "no") == "no" else f", {sampler['mixed_precision']}"
     words = {
         "samples": f"{len(work.pixels):,}",
         "labels": info["labels"],
         "reference": reference.description,
         "extractor": work.extractor.name,
-        "sampler": f"{sampler['sampler']}, {sampler['steps']} steps, {sampler['path']} path",
-        "guidance": guidance,
+        "sampler": f"{sampler['sampler']}, {sampler['steps']} steps, {sampler['path']} path{precision}",
+        "guidance": _guidance_in_words(sampler, models.get("guide")),
+        "checkpoint": _model_in_words(models["model"]) if models else "",
         "weights": info["weights"],
         "uint8": sampler["rounding"],
         "seed": str(info["seed"]),

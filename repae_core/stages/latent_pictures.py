@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from repae_core.evaluation.grids import image_grid, png_bytes
@@ -89,7 +90,10 @@ def nearest_neighbours(samples: Tensor, features: Tensor, real: Tensor, *, count
 
 
 def neighbour_picture(samples: Tensor, neighbours: Tensor) -> bytes:
-    """One row a sample: the sample [Q,3,H,W], then its nearest real images [Q,K,3,H,W]."""
+    """One row a sample: the sample [Q,3,H,W], then its nearest real images [Q,K,3,h,w], shown at its size."""
+    if neighbours.shape[-2:] != samples.shape[-2:]:
+        resized = F.interpolate(neighbours.flatten(0, 1).float(), samples.shape[-2:], mode="bilinear", antialias=True)
+        neighbours = resized.round().clamp(0, 255).to(torch.uint8).unflatten(0, neighbours.shape[:2])
     together = torch.cat([samples[:, None], neighbours], dim=1)
     return png_bytes(
         image_grid(together.flatten(0, 1), columns=together.shape[1], scale=max(1, 64 // samples.shape[-1]))

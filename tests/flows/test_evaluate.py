@@ -10,6 +10,7 @@ from repae_core.artifacts import Artifact, Store, save_run
 from repae_core.data import ImageShards
 from repae_core.stages.evaluate import Evaluation
 from repae_core.stages.evaluation_parts import split_group, write_missing_parts
+from tasks.compare import compare_scores
 
 
 def evaluate(finished, name, *, world=1, batch_size=5, stop_after=None, store=None, **overrides):
@@ -93,6 +94,52 @@ def test_statistics_alone_have_no_precision(finished, tmp_path):
         evaluate(finished, "other", reference=str(tmp_path / "stats.npz"))
 
 
+def test_statistics_of_another_network_are_told_before_any_feature_work(finished, tmp_path):
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    section = finished.config.evaluate.model_copy(update={"reference": str(tmp_path / "stats.npz")})
+    roles = {"samples": "generate", "images": "preprocess", "vae": "extract-vae"}
+    inputs = {role: finished.artifact(stage) for role, stage in roles.items()}
+    with pytest.raises(ValueError, match=r"stats.npz: mu has 2048 features, the extractor digits 64"):
+        Evaluation(inputs, Artifact(finished.store, "evaluate", "none"), section, seed=0)
+
+
+def test_reference_images_of_another_size(finished, tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (20, 64, 64, 3), dtype=np.uint8)
+    np.savez(tmp_path / "big.npz", arr_0=images)
+    metrics = evaluate(finished, "big", reference=str(tmp_path / "big.npz"))
+    assert metrics["neighbours"]["real_images"] == 20
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("evaluate.reference={}/empty.npz", "evaluate.reference: .*empty.npz: damaged, or not an .npz file"),
+        ("evaluate.reference={}/wide.npz", "wide.npz: sigma has the shape"),
+        ("generate.num_images=1", "generate.num_images=1: evaluate needs at least 2 images"),
+    ],
+)
+def test_what_cannot_be_scored_is_told_before_any_work(override, message, tmp_path, home):
+    from tasks.pipeline_run import open_run
+
+    (tmp_path / "empty.npz").write_bytes(b"")
+    np.savez(tmp_path / "wide.npz", mu=np.zeros(64), sigma=np.eye(3))
+    config = tiny.config("digits", tmp_path / "store", override.format(tmp_path))
+    with pytest.raises(ValueError, match=message), open_run(config, kind="full-pipeline"):
+        pass
+    assert not list((tmp_path / "store").glob("runs/*"))
+
+
+def test_one_reconstruction_has_no_covariance():
+    with pytest.raises(ValueError, match="vae_images must be 0 or at least 2"):
+        tiny.config("digits", "store", "evaluate.vae_images=1")
+
+
+def test_a_sweep_of_one_image_is_refused(call, tmp_path):
+    code, _, err = call("sweep", "--scales", "2", "-n", "1", "--store", str(tmp_path))
+    assert code == 2
+    assert "generate.num_images=1: evaluate needs at least 2 images" in err
+
+
 def test_compare(finished, call, tmp_path):
     other = finished.run("generate.guidance=1.0", "generate.steps=3")
     store = ("--store", finished.store.url)
@@ -112,6 +159,35 @@ def test_compare(finished, call, tmp_path):
     code, _, err = call("compare", other.run_id, "unfinished", *store)
     assert code == 2
     assert "run unfinished has no finished evaluate" in err
+
+
+def test_compare_shows_what_the_protocol_does_not_tell(finished, tmp_path):
+    """Same file name, other content; another checkpoint and precision."""
+    scored = []
+    for seed in (0, 1):
+        images = np.random.default_rng(seed).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
+        np.savez(tmp_path / "same.npz", arr_0=images)
+        scored.append(finished.run(f"evaluate.reference={tmp_path}/same.npz", "evaluate.vae_images=0"))
+    differences = compare_scores(finished.store, scored).differences
+    assert list(differences) == ["reference.sha256"]
+    other = finished.run("generate.checkpoint=16", "generate.mixed_precision=bf16", "evaluate.vae_images=0")
+    differences = compare_scores(finished.store, [finished.record, other]).differences
+    assert differences["checkpoint"] == ["train-ldm@32", "train-ldm@16"]
+    assert differences["sampler"] == ["ode, 2 steps, linear path", "ode, 2 steps, linear path, bf16"]
+    assert "samples" not in differences
+    assert compare_scores(finished.store, [other, other]).differences == {}
+
+
+def test_compare_takes_the_latest_run_with_scores(finished, call, monkeypatch):
+    """Not the failed one after it; and the tables keep run ids and scores whole at 80 columns."""
+    monkeypatch.setenv("COLUMNS", "80")
+    other = finished.run("generate.guidance=1.0")
+    save_run(finished.store, other.model_copy(update={"run_id": "99999999-failed", "stages": {}, "status": "failed"}))
+    code, out, err = call("compare", "latest", finished.record.run_id, "--store", finished.store.url)
+    assert code == 0, err
+    assert f"Run 1    {other.run_id}\nRun 2    {finished.record.run_id}\n" in out
+    assert " precision " in out
+    assert " reconstructions_before " in out
 
 
 @pytest.mark.parametrize("kind", ["full-pipeline", "evaluate"])

@@ -362,6 +362,11 @@ def test_autoguidance_by_an_earlier_checkpoint(finished):
     assert not np.array_equal(pixels, read_samples(finished.artifact("generate"), 2)[0])
     again = load_model(samples.uri).sample(labels[:4], seed=0).permute(0, 2, 3, 1).numpy()
     assert np.abs(again.astype(int) - pixels[:4]).max() <= 1
+    metrics = Artifact(finished.store, "evaluate", record.stages["evaluate"].fingerprint).read_json("metrics.json")
+    training = {"stage": "train-ldm", "fingerprint": finished.artifact("train-ldm").fingerprint, "weights": "ema"}
+    assert metrics["provenance"]["guide"] == training | {"checkpoint": "16", "images_seen": 16}
+    assert metrics["provenance"]["checkpoint"] == training | {"checkpoint": "last", "images_seen": 32}
+    assert metrics["protocol"]["guidance"] == "autoguidance 2 by train-ldm@16 (ema) on t in [0, 1]"
     with pytest.raises(ValueError, match=r"no checkpoint '17'; there are: last, 16, 32"):
         finished.run("generate.guide=train-ldm", "generate.guide_checkpoint=17")
     plain = finished.configure("generate.guide_checkpoint=16")  # without a guide it changes nothing

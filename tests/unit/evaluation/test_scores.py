@@ -12,9 +12,11 @@ from repae_core.evaluation import (
     Reference,
     batches_of,
     build_extractor,
+    check_reference_file,
     class_accuracy,
     read_reference_file,
     reference_from_features,
+    reference_from_statistics,
     save_reference,
     saved_reference,
     score_samples,
@@ -62,7 +64,7 @@ def test_reference_files(digits, tmp_path):
     file = read_reference_file(str(tmp_path / "adm.npz"))
     assert np.array_equal(file.images, images)
     assert file.sha256 == hashlib.sha256((tmp_path / "adm.npz").read_bytes()).hexdigest()
-    reference = file.reference(torch.zeros(5, 3), None)
+    reference = reference_from_statistics(file, torch.zeros(5, 3), None)
     assert np.array_equal(reference.spatial[1], 2 * sigma)
     assert "adm.npz" in reference.description
     assert read_reference_file(str(tmp_path / "images.npz")).statistics == {}
@@ -70,6 +72,63 @@ def test_reference_files(digits, tmp_path):
     for name, problem in problems.items():
         with pytest.raises(ValueError, match=rf"evaluate.reference: .*{name}.npz.*{problem}"):
             read_reference_file(str(tmp_path / f"{name}.npz"))
+
+
+def squares(*shape):
+    return np.zeros(shape, dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "problem"),
+    [
+        ({"mu": np.zeros((1, 64)), "sigma": np.eye(64)}, r"mu has the shape \[1, 64\], not \[D\]"),
+        ({"mu": np.zeros(0), "sigma": np.eye(64)}, r"mu has the shape \[0\]"),
+        ({"mu": np.zeros(64), "sigma": np.eye(3)}, r"sigma has the shape \[3, 3\], not \[64,64\] as its mean"),
+        ({"mu": np.array(["a"] * 3), "sigma": np.eye(3)}, "mu is <U1, not numbers"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3), "mu_s": np.zeros(3)}, "only one of mu_s and sigma_s"),
+        ({"mu": np.array([object()] * 3), "sigma": np.eye(3)}, "mu holds Python objects, which are never read"),
+        ({"arr_0": squares(1, 32, 32, 3)}, r"arr_0 holds 1 image\(s\); at least 2"),
+        ({"arr_0": squares(0, 32, 32, 3)}, r"arr_0 holds 0 image\(s\)"),
+        ({"arr_0": squares(4, 32, 24, 3)}, "images must be square"),
+        ({"arr_0": squares(4, 4, 4, 3)}, "of 8 pixels or more"),
+    ],
+)
+def test_headers_of_reference_files_are_enough_to_refuse_them(tmp_path, monkeypatch, arrays, problem):
+    np.savez(tmp_path / "r.npz", **arrays)
+    monkeypatch.setattr(np.lib.format, "read_array", None)
+    with pytest.raises(ValueError, match=rf"evaluate.reference: .*r.npz.*{problem}") as refused:
+        check_reference_file(str(tmp_path / "r.npz"))
+    assert "allow_pickle" not in str(refused.value)
+
+
+def test_damaged_reference_files_are_named(tmp_path):
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "whole.npz", arr_0=rng.integers(0, 255, (20, 32, 32, 3), dtype=np.uint8))
+    np.savez_compressed(tmp_path / "deflated.npz", arr_0=rng.integers(0, 255, (20, 32, 32, 3), dtype=np.uint8))
+    np.savez(tmp_path / "nan.npz", mu=np.full(3, np.nan), sigma=np.eye(3))
+    whole, deflated = (bytearray((tmp_path / f"{name}.npz").read_bytes()) for name in ("whole", "deflated"))
+    flipped, damaged = bytearray(whole), bytearray(deflated)
+    flipped[5000] ^= 255
+    damaged[300:330] = b"\xff" * 30
+    files = {"empty": b"", "short": whole[:3000], "flipped": flipped, "damaged": damaged, "text": b"text" * 99}
+    for name, data in files.items():
+        (tmp_path / f"{name}.npz").write_bytes(data)
+    np.save(tmp_path / "array.npy", np.array([object()]), allow_pickle=True)
+    problems = dict.fromkeys((f"{name}.npz" for name in files), "damaged, or not an .npz file")
+    for name, problem in (
+        problems | {"array.npy": "damaged", "nan.npz": "mu holds values that are not finite"}
+    ).items():
+        with pytest.raises(ValueError, match=rf"evaluate.reference: .*{name}: {problem}") as refused:
+            read_reference_file(str(tmp_path / name))
+        assert "allow_pickle" not in str(refused.value)
+        assert "\n" not in str(refused.value)
+
+
+def test_damaged_kept_statistics_are_computed_anew(tmp_path):
+    store = Store(str(tmp_path))
+    for data in (b"", b"PK\x03\x04" + bytes(90)):
+        store.write_bytes("statistics/key.npz", data)
+        assert saved_reference(store, "key", description="", sha256="") is None
 
 
 def test_statistics_of_another_network_are_refused(digits):
