@@ -29,7 +29,9 @@ def print_plan(preset: str, sets: Sequence[str], store: str, force: Sequence[str
         table.add_column(column, overflow="fold")
     for name, decision in decide_all(plan, forced_stages(force)).items():
         table.add_row(name, decision.action, decision.reason, plan.stages[name].artifact.fingerprint)
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    console.print(f"Images   {plan.source.describe()}", soft_wrap=True, markup=False, highlight=False)
 
 
 def print_runs(store: str) -> None:

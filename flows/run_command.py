@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flows.environment import end_orphaned_servers
-from repae_core.artifacts import RunRecord, Store, load_run
+from repae_core.artifacts import Artifact, RunRecord, Store, load_run
 from repae_core.config import PipelineConfig, load_config, stage_name
 from repae_core.config.environment import repae_home, store_url
 
@@ -92,6 +92,9 @@ def show_result(config: PipelineConfig, run: str) -> None:
     console = Console()
     console.print(stage_table(record))
     console.print(f"Store    {store.url}/<stage>/<fingerprint>", soft_wrap=True)
+    images = record.stages.get("preprocess")
+    if images is not None and images.status in ("made", "skipped"):
+        console.print(f"Images   {made_images(store, images.fingerprint)}", soft_wrap=True, highlight=False)
     grid = record.stages.get("generate")
     if grid is not None and grid.status in ("made", "skipped"):
         console.print(f"Samples  {grid.uri}/grid.png", soft_wrap=True)
@@ -99,6 +102,16 @@ def show_result(config: PipelineConfig, run: str) -> None:
     if store.exists(f"runs/{record.run_id}/report.html"):
         console.print(f"Report   {report}   (again: repae report {record.run_id})", soft_wrap=True)
     console.print(f"MLflow   mlflow ui --backend-store-uri {record.mlflow_tracking_uri}", soft_wrap=True)
+
+
+def made_images(store: Store, fingerprint: str) -> str:
+    """What a finished `preprocess` made and left out, and where the reasons are."""
+    made = Artifact(store, "preprocess", fingerprint)
+    index = made.read_json("index.json")
+    return (
+        f"{index['num_images']} in {index['num_classes']} classes; {index['num_skipped']} names failed, "
+        f"{index['num_other_files']} others are no images: {made.uri}/skipped.jsonl"
+    )
 
 
 def stage_table(record: RunRecord) -> Table:

@@ -9,6 +9,7 @@ from typing import Any
 from repae_core.artifacts import Artifact, Store, fingerprint
 from repae_core.config import STAGES, PipelineConfig, content_paths, output_fields, section_name
 from repae_core.config.stages import TOO_FEW_SAMPLES
+from repae_core.data.preprocess import allowed_failures
 from repae_core.data.sources import ImageSource, open_source
 from repae_core.remote_files import local_copy, sha256_of
 from tasks.stage_inputs import resolve_inputs
@@ -58,10 +59,12 @@ def make_plan(
     references: stage -> role -> `latest`, a fingerprint prefix or a URI in place of what this config makes.
 
     Raises:
-        ValueError: source, weights file, timm model or referenced artifact missing: one line.
+        ValueError: source, weights file, timm model or referenced artifact missing, or a source of which more names
+            give no image than allowed: one line.
     """
     _require_timm_models(config)
     source = open_source(config.preprocess.source)
+    allowed_failures(source, config.preprocess.max_skipped_fraction)
     _require_classes(config, len(source.class_names))
     plan = Plan(store, source)
     external_vae = config.cache_latents.vae != "auto" and config.generate.model == "train-ldm"

@@ -58,7 +58,8 @@ class ImageShards(Dataset[tuple[Tensor, int]]):
         return len(self.labels)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        return self.images(np.array([i]))[0], int(self.labels[i])
+        number = range(len(self))[i]  # IndexError beyond the end; negative numbers count from it
+        return self.images(np.array([number]))[0], int(self.labels[number])
 
     @property
     def content_sha256(self) -> str:
@@ -100,8 +101,9 @@ class ImageShards(Dataset[tuple[Tensor, int]]):
             try:
                 pixels[row] = np.asarray(Image.open(io.BytesIO(blob)))
             except (OSError, SyntaxError, ValueError) as error:
+                reason = str(error).split("<_io")[0].strip()  # without the address of the bytes in memory
                 raise ValueError(
-                    f"{self.artifact.uri}/{self._tar(i).name}: image {self.keys[i]} is damaged: {error}"
+                    f"{self.artifact.uri}/{self._tar(i).name}: image {self.keys[i]} is damaged: {reason}"
                 ) from None
         return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 

@@ -168,6 +168,7 @@ def _read_labels(reader: StoredReader, file: StoredFile) -> tuple[dict[str, int]
         match entry:
             case [str(name), label] if label is None or (type(label) is int and 0 <= label < MAX_CLASSES):
                 name = name.replace("\\", "/")
+                name = safe_name(name) or name  # `./a.png` is a.png
             case _:
                 raise ValueError(f"{where}: {json.dumps(entry)[:200]} is not [name, class number from 0]")
         if name not in labels:

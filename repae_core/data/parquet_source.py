@@ -20,6 +20,26 @@ if TYPE_CHECKING:
 
 CACHE_BYTES = 256 * 2**20
 _BLOCK = 2**20
+_TYPES = {"image": "binary, or struct with `bytes`", "label": "integers or strings, not dictionary-encoded"}
+
+
+class _WatchedStream:
+    """A stream that remembers whether reading from it failed."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self.failed = False
+
+    def read(self, *size: int) -> Any:
+        """As the stream itself."""
+        try:
+            return self._stream.read(*size)
+        except Exception:
+            self.failed = True
+            raise
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 class ParquetReader(StoredReader):
@@ -68,15 +88,19 @@ class ParquetReader(StoredReader):
         import pyarrow as pa
         import pyarrow.parquet as pq
 
+        stream = None
         try:
-            with self.fs.open(path, "rb") as stream:
+            with self.fs.open(path, "rb") as opened:
+                stream = _WatchedStream(opened)
                 file = pq.ParquetFile(stream, metadata=self._footers.get(table))
                 self._footers[table] = file.metadata
                 return file.read_row_group(group, columns=[self.column], use_threads=False).column(0)
-        except pa.ArrowException as error:
-            raise BadImageError(f"its row group is damaged: {' '.join(str(error).split())[:200]}") from None
-        except OSError as error:
-            raise OSError(f"{path} cannot be read: {error}") from error
+        except (pa.ArrowException, OSError) as error:
+            # Arrow says OSError, too, where a page cannot be unpacked: then it is the table's fault, not the store's.
+            if isinstance(error, OSError) and (stream is None or stream.failed):
+                raise OSError(f"{path} cannot be read: {error}") from error
+            reason = " ".join(str(error).split())[:200]
+            raise BadImageError(f"row group {group} of the table is damaged: {reason}") from None
 
     def change_mark(self, item: SourceItem) -> str:
         """The table's ETag or time of change."""
@@ -185,7 +209,9 @@ def _only(kind: str, possible: list[str], stated: list[str], where: str) -> str:
         if len(candidates) == 1:
             return candidates[0]
     several = (
-        f"columns that may be it: {', '.join(possible)}; call one `{kind}`" if possible else "no column of its type"
+        f"columns that may be it: {', '.join(possible)}; call one `{kind}`"
+        if possible
+        else f"no column of its type ({_TYPES[kind]})"
     )
     raise ValueError(f"{where}: which column is the {kind}? {several}")
 

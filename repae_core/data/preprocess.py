@@ -91,12 +91,22 @@ def plan_preprocessing(
         if images_per_shard is None
         else images_per_shard
     )
-    expected = len(source.items) + sum(entry.failure for entry in source.skipped)
-    # As it is written: the product of floats can lie under a whole number, 0.29 * 100 = 28.999999999999996.
-    max_failures = math.floor(Fraction(str(max_skipped_fraction)) * expected)
-    check_failures(source.skipped, max_failures)
+    max_failures = allowed_failures(source, max_skipped_fraction)
     plan = plan_shards(len(source.items), size, seed)
     return PreprocessWork(source, plan, artifact, ShardSettings(resolution, encoding, jpeg_quality, max_failures), size)
+
+
+def allowed_failures(source: ImageSource, max_skipped_fraction: float) -> int:
+    """How many names of a source may fail to give an image.
+
+    Raises:
+        ValueError: the listing alone has more failures than that (names the first).
+    """
+    expected = len(source.items) + sum(entry.failure for entry in source.skipped)
+    # As it is written: the product of floats can lie under a whole number, 0.29 * 100 = 28.999999999999996.
+    allowed = math.floor(Fraction(str(max_skipped_fraction)) * expected)
+    check_failures(source.skipped, allowed)
+    return allowed
 
 
 def write_missing_shards(

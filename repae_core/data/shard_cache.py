@@ -51,13 +51,12 @@ class ShardCache:
 
     def _fetched(self, store: Store, key: str, entry: FileEntry) -> Path:
         copy = self.folder / entry.sha256
-        try:
+        with contextlib.suppress(FileNotFoundError):
             os.utime(copy)  # marks it as used
-            return copy
-        except FileNotFoundError:
-            pass
+            if _is_whole(copy, entry):
+                return copy
         with FileLock(f"{copy}.lock"):
-            if not copy.exists():
+            if not _is_whole(copy, entry):
                 partial = Path(f"{copy}{_PARTIAL}")
                 store.download(key, str(partial))
                 with open(partial, "rb") as downloaded:
@@ -89,3 +88,11 @@ class ShardCache:
             if path != keep:
                 path.unlink(missing_ok=True)
                 total -= size
+
+
+def _is_whole(copy: Path, entry: FileEntry) -> bool:
+    """Whether a copy is there in its full size: a full disk or a crash of the machine can cut it after its rename."""
+    try:
+        return copy.stat().st_size == entry.bytes
+    except FileNotFoundError:
+        return False

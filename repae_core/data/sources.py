@@ -19,6 +19,9 @@ LAYOUTS = (
 )
 
 
+_NAMED_CLASSES = 4
+
+
 class SourceItem(NamedTuple):
     """One image of a source: name relative to the source, class number, bytes (0 where a table does not tell).
 
@@ -86,6 +89,18 @@ class ImageSource:
             "listing_sha256": _sha256([self.class_names, self.skipped]),
             **self.reader.digest(self.items),
         }
+
+    def describe(self) -> str:
+        """One line for people: what was listed, so that folders mistaken for classes are seen before any work."""
+        classes = ", ".join(ascii(name)[1:-1] for name in self.class_names[:_NAMED_CLASSES])
+        more = ", ..." if len(self.class_names) > _NAMED_CLASSES else ""
+        empty = len(self.class_names) - len({item.label for item in self.items})
+        failures = sum(entry.failure for entry in self.skipped)
+        return (
+            f"{len(self.items)} images in {len(self.class_names)} classes ({classes}{more})"
+            + (f", {empty} of them without images" if empty else "")
+            + f"; {failures} names failed, {len(self.skipped) - failures} others are no images"
+        )
 
     def listing_digest(self) -> str:
         """What differs when anybody lists other classes, names, labels, sizes or places."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import posixpath
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import IO, NamedTuple
 
 from repae_core.data.layouts import LABELS_FILE, Listing, arrange, is_hidden, safe_name, without_wrapper
@@ -104,25 +104,35 @@ def _member(info: tarfile.TarInfo, number: int, stream: IO[bytes]) -> Member:
     if not info.isreg() or info.issparse():
         return Member(name, 0, (), problem="no plain file (a pipe, device or sparse file)")
     content = None
-    if name.endswith((".cls", ".json")) and info.size <= _LABEL_BYTES:
+    if name.lower().endswith((".cls", ".json")) and info.size <= _LABEL_BYTES:
         stream.seek(info.offset_data)
         content = stream.read(info.size)
     return Member(name, info.size, (number, info.offset_data, int(info.mtime)), content=content)
 
 
 def resolved(members: list[Member]) -> list[Member]:
-    """The members with links replaced by what they stand for."""
+    """The members with links, also to links, replaced by what they stand for."""
     known = {member.name: member for member in members if member.place}
+    links = {member.name: member.link for member in members if member.link is not None}
     found = []
     for member in members:
         if member.link is not None:
-            target = known.get(member.link)
+            target = known.get(_end(member.link, known, links))
             if target is None:
-                member = member._replace(problem="a link to nothing in the archive")
+                member = member._replace(problem="a link to nothing in the archive, or to a folder")
             else:
                 member = member._replace(size=target.size, place=target.place, content=target.content)
         found.append(member)
     return found
+
+
+def _end(name: str, known: Mapping[str, Member], links: Mapping[str, str]) -> str:
+    """Where a chain of links ends; some name that is no file's if it is a circle."""
+    for _ in range(len(links)):
+        if name in known or name not in links:
+            break
+        name = links[name]
+    return name
 
 
 def _listing(members: list[Member]) -> Listing:

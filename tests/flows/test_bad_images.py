@@ -9,6 +9,7 @@ import bad_images
 import pytest
 import tiny
 
+from flows.inspect_command import print_plan
 from repae_core.artifacts import Store
 
 
@@ -36,6 +37,9 @@ def test_the_stage_finishes_and_lists_them(preprocess, images, tmp_path):
     assert code == 0, output
     assert "Logging error" not in output
     assert "Traceback" not in output
+    found, skipped = len(bad_images.GOOD | bad_images.LINKED), len(bad_images.OTHER)
+    failed = len(bad_images.BAD | bad_images.LINKED_BAD | bad_images.EMPTY_CLASS)
+    assert f"Images   {found} in 3 classes; {failed} names failed, {skipped} others are no images: /" in output
     store = Store(str(tmp_path / "store"))
     (manifest,) = (tmp_path / "store" / "preprocess").glob("*/manifest.json")
     lines = [json.loads(line) for line in (manifest.parent / "skipped.jsonl").read_text().splitlines()]
@@ -64,3 +68,19 @@ def test_a_file_that_turns_out_bad_is_named_too(preprocess, tmp_path):
     code, output = preprocess(folder, "preprocess.max_skipped_fraction=0")
     assert code == 2
     assert "a/2.jpg: image file is truncated" in output
+
+
+def test_the_plan_tells_what_was_listed_and_refuses_what_the_stage_would(tmp_path, home, capsys):
+    for name in ("train/n01/1.png", "train/n02/2.png", "val/n01/3.png"):
+        path = tmp_path / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bad_images.good_files()["odd/plain.png"])
+    config, store = [f"preprocess.source={tmp_path / 'images'}"], str(tmp_path / "store")
+    print_plan("quickstart", config, store, [])
+    listed = "Images   3 images in 2 classes (train, val); 0 names failed, 0 others are no images"
+    assert listed in capsys.readouterr().out
+    (tmp_path / "images" / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty/: class folder without images .*max_skipped_fraction allows 0"):
+        print_plan("quickstart", config, store, [])
+    print_plan("quickstart", [*config, "preprocess.max_skipped_fraction=0.5"], store, [])
+    assert "3 classes (empty, train, val), 1 of them without images; 1 names failed" in capsys.readouterr().out

@@ -289,6 +289,9 @@ def test_links_in_a_tar(tmp_path):
         for name, kind, target in [
             ("cat/hard.png", tarfile.LNKTYPE, "cat/000.png"),
             ("dog/soft.png", tarfile.SYMTYPE, "../cat/000.png"),
+            ("dog/softer.png", tarfile.SYMTYPE, "soft.png"),
+            ("dog/circle.png", tarfile.SYMTYPE, "circle.png"),
+            ("dog/folder", tarfile.SYMTYPE, "../cat"),
             ("dog/away.png", tarfile.SYMTYPE, "../../../etc/passwd"),
             ("dog/pipe.png", tarfile.FIFOTYPE, ""),
         ]:
@@ -301,8 +304,12 @@ def test_links_in_a_tar(tmp_path):
     source = open_source(str(path))
     pixels = pixels_by_name(source)
     assert pixels["cat/hard.png"] == pixels["dog/soft.png"] == pixels["cat/000.png"]
+    assert pixels["dog/softer.png"] == pixels["cat/000.png"]
+    nothing = "a link to nothing in the archive, or to a folder"
     assert source.skipped == [
-        Skipped("dog/away.png", "a link to nothing in the archive"),
+        Skipped("dog/away.png", nothing),
+        Skipped("dog/circle.png", nothing),
+        Skipped("dog/folder", nothing),
         Skipped("dog/pipe.png", "no plain file (a pipe, device or sparse file)"),
         Skipped("empty/", "class folder without images"),
     ]
@@ -416,7 +423,7 @@ def test_webdataset_labels_and_what_is_wrong_with_samples(tmp_path):
     image = photo_files()["cat/000.png"]
     members = [
         ("a.png", image), ("a.json", b'{"label": 2, "width": 30}'), ("a.txt", b"a caption"),
-        ("b.jpg", image), ("b.cls", b"1\n"), ("b.seg.png", image),
+        ("b.jpg", image), ("b.CLS", b"1\n"), ("b.seg.png", image),
         ("c.png", image),
         ("d.png", image), ("d.jpg", image), ("d.cls", b"0"),
         ("e.cls", b"0"),
@@ -517,6 +524,20 @@ def test_parquet_rows_without_image_or_label(tmp_path):
     assert "not an image" in lines[-1]["reason"]
 
 
+def test_parquet_page_that_is_damaged(tmp_path):
+    """Its images fail, with the row group's number; the others are read."""
+    path = write_parquet(tmp_path / "t.parquet", photo_files(), compression="snappy")
+    chunk = pq.ParquetFile(path).metadata.row_group(1).column(0)
+    content = bytearray(path.read_bytes())
+    start = (chunk.dictionary_page_offset or chunk.data_page_offset) + chunk.total_compressed_size // 2
+    content[start : start + 1000] = bytes(255 for _ in range(1000))
+    path.write_bytes(content)
+    made = shards_of(open_source(str(path)), tmp_path / "store")
+    lines = [json.loads(line) for line in made["skipped.jsonl"].splitlines()]
+    assert [line["path"] for line in lines] == [f"t.parquet/{row:08d}" for row in range(4, 8)]
+    assert all(line["reason"].startswith("row group 1 of the table is damaged: ") for line in lines)
+
+
 def test_parquet_columns(tmp_path):
     image = photo_files()["cat/000.png"]
 
@@ -530,7 +551,9 @@ def test_parquet_columns(tmp_path):
     assert source.read(source.items[0]).size == (30, 24)
     with pytest.raises(ValueError, match=r"which column is the label.*id, caption; call one `label`"):
         opened({"image": [image], "id": [7], "caption": ["x"]})
-    with pytest.raises(ValueError, match=r"which column is the image.*no column of its type"):
+    with pytest.raises(ValueError, match=r"which column is the label.*no column of its type \(integers or strings"):
+        opened({"image": [image], "label": [True]})
+    with pytest.raises(ValueError, match=r"which column is the image.*no column of its type \(binary"):
         opened({"image": ["a path"], "label": [7]})
     with pytest.raises(ValueError, match=r"which column is the image.*small, large; call one `image`"):
         opened({"small": [image], "large": [image], "label": [7]})
@@ -589,4 +612,9 @@ def test_a_store_out_of_reach_is_no_bad_image(tmp_path, monkeypatch):
             patch.setattr(type(memory), "open", unreachable)
             with pytest.raises(OSError, match=r"/reach/.* cannot be read: connection reset"):
                 source.read(source.items[0])
+        if kind == "parquet":
+            with monkeypatch.context() as patch:
+                patch.setattr(fsspec.implementations.memory.MemoryFile, "read", unreachable)
+                with pytest.raises(OSError, match=r"/reach/.* cannot be read: connection reset"):
+                    source.read(source.items[0])
     memory.rm("/reach", recursive=True)

@@ -102,6 +102,17 @@ def test_a_damaged_download_is_refused_and_not_kept(remote, tmp_path, monkeypatc
     assert torch.equal(images.images(np.arange(2)), ImageShards(remote).images(np.arange(2)))
 
 
+def test_a_copy_cut_short_is_fetched_again(remote, tmp_path, monkeypatch):
+    fetched = counted(monkeypatch)
+    cache = ShardCache(tmp_path / "cache", 10**9)
+    images = ImageShards(remote, shard_cache=cache)
+    expected = images.images(np.arange(2))
+    (copy,) = (path for path in cache.folder.iterdir() if not path.suffix)
+    copy.write_bytes(copy.read_bytes()[:100])
+    assert torch.equal(images.images(np.arange(2)), expected)
+    assert len(fetched) == 2
+
+
 def test_a_shard_made_again_is_not_taken_from_the_cache(remote, tmp_path):
     cache = ShardCache(tmp_path / "cache", 10**9)
     ImageShards(remote, shard_cache=cache).images(np.arange(2))

@@ -126,7 +126,7 @@ def test_class_folder_without_images_is_a_counted_failure(folder):
 
 
 def test_labelled_folder(tmp_path):
-    source = open_source(str(labelled(tmp_path, [["1.png", 4], ["sub\\2.png", 0], ["0.png", 1]])))
+    source = open_source(str(labelled(tmp_path, [["./1.png", 4], ["sub\\2.png", 0], ["0.png", 1]])))
     assert source.kind == "labelled-folder"
     assert source.class_names == ["0", "1", "2", "3", "4"]
     assert [(item.name, item.label) for item in source.items] == [("0.png", 1), ("1.png", 4), ("sub/2.png", 0)]
