@@ -115,6 +115,10 @@ def test_reference_images_of_another_size(finished, tmp_path):
     [
         ("evaluate.reference={}/empty.npz", "evaluate.reference: .*empty.npz: damaged, or not an .npz file"),
         ("evaluate.reference={}/wide.npz", "wide.npz: sigma has the shape"),
+        (
+            "evaluate.extractor_weights={}/none.pth",
+            r"none.pth: cannot be read .*fetch it with `curl -L .*/none.pth https:",
+        ),
         ("generate.num_images=1", "generate.num_images=1: evaluate needs at least 2 images"),
     ],
 )
@@ -123,7 +127,8 @@ def test_what_cannot_be_scored_is_told_before_any_work(override, message, tmp_pa
 
     (tmp_path / "empty.npz").write_bytes(b"")
     np.savez(tmp_path / "wide.npz", mu=np.zeros(64), sigma=np.eye(3))
-    config = tiny.config("digits", tmp_path / "store", override.format(tmp_path))
+    more = ["evaluate.extractor=inception"] if "extractor_weights" in override else []
+    config = tiny.config("digits", tmp_path / "store", override.format(tmp_path), *more)
     with pytest.raises(ValueError, match=message), open_run(config, kind="full-pipeline"):
         pass
     assert not list((tmp_path / "store").glob("runs/*"))
