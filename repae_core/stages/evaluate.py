@@ -183,6 +183,7 @@ class Evaluation:
             neighbours=self.section.neighbours,
             pool=joined_moments(parts, "pool"),
             spatial=joined_moments(parts, "spatial"),
+            device=self._device(),
         )
         digits = [str(digit) for digit in range(10)]
         if work.extractor.name == "digits" and self.images.class_names == digits and features.logits is not None:
@@ -202,8 +203,13 @@ class Evaluation:
             others,
             self.work.extractor.distance_name,
             neighbours=self.section.neighbours,
+            device=self._device(),
         )
         return scores | {"images": held_out}
+
+    def _device(self) -> torch.device:
+        """A GPU here, where the features' workers had some and have ended; 50,000 samples take an hour on a CPU."""
+        return torch.device("cuda" if self.section.gpus_per_worker and torch.cuda.is_available() else "cpu")
 
     def _vae_rows(self) -> dict[str, Scores]:
         """Each VAE against the same originals; `reconstructions` is the tuned one."""
