@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shlex
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -136,6 +137,11 @@ def _sets(point: Point) -> list[str]:
     return [*sets, "generate.guide="] if point.guidance == 1 else sets
 
 
+def as_arguments(point: Point) -> str:
+    """A point as it is typed in a shell."""
+    return shlex.join(part for text in _sets(point) for part in ("--set", text))
+
+
 def describe(point: Point) -> str:
     """A point in words."""
     low, high = point.interval
@@ -158,7 +164,7 @@ def _print(result: dict[str, Any], report: str) -> None:
         console.print(_vae_table(result["vae"]))
     point = Point(*(best[field] for field in Point._fields))
     console.print(f"Best     {name} {best[name]:.3f}: {describe(point)}", soft_wrap=True)
-    console.print(f"         {' '.join(f'--set {text}' for text in _sets(point))}", soft_wrap=True, markup=False)
+    console.print(f"         {as_arguments(point)}", soft_wrap=True, markup=False)
     console.print(f"Report   {report}", soft_wrap=True)
 
 

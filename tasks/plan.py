@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from repae_core.artifacts import Artifact, Store, fingerprint
@@ -90,7 +91,7 @@ def _payload(config: PipelineConfig, stage: str, inputs: Mapping[str, Artifact])
     values = output_fields(section)
     hashes: dict[str, list[str]] = {}
     for name, path in content_paths(section):
-        hashes.setdefault(name, []).append(file_sha256(path, f"{section_name(stage)}.{name}"))
+        hashes.setdefault(name, []).append(_content_sha256(config, path, f"{section_name(stage)}.{name}"))
     for name, digests in hashes.items():
         target, *rest = name.split(".")
         if rest:
@@ -132,6 +133,18 @@ def _require_timm_models(config: PipelineConfig) -> None:
                     encoder_dim(name)
                 except ValueError as error:
                     raise ValueError(f"{section}.encoder: {error}") from None
+
+
+def _content_sha256(config: PipelineConfig, path: str, field_name: str) -> str:
+    try:
+        return file_sha256(path, field_name)
+    except ValueError as error:
+        inception = field_name == "evaluate.extractor_weights" and config.evaluate.extractor == "inception"
+        if inception and "://" not in path and not Path(path).exists():
+            from repae_core.evaluation.inception import fetch_weights  # imports torch
+
+            raise ValueError(f"{error}; {fetch_weights(path)}") from None
+        raise
 
 
 def _reference_sha256(path: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -36,7 +37,7 @@ class FeatureExtractor:
     """uint8 images [N,3,H,W] -> Features.
 
     distance_name: what its Fréchet distance is called; only Inception's is "fid".
-    weights_sha256: of the weights file; "" for committed weights and those that timm's hub names.
+    weights_sha256: of the weights file; without one (committed weights, timm's hub) of the tensors in use.
     """
 
     name: str
@@ -95,7 +96,17 @@ def build_extractor(name: str, weights: str | None = None) -> FeatureExtractor:
     build = {"inception": _inception, "dinov2": _dinov2, "digits": _digits}.get(name)
     extractor = build(weights) if build else _encoder(name, weights)
     extractor.network.eval().requires_grad_(False)
-    return replace(extractor, weights_sha256=sha256_of(local_copy(weights)) if weights else "")
+    found = sha256_of(local_copy(weights)) if weights else _tensors_sha256(extractor.network)
+    return replace(extractor, weights_sha256=found)
+
+
+def _tensors_sha256(network: nn.Module) -> str:
+    """Of names, shapes and values, in order of the names: what a hub serves under one name can change."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _inception(weights: str | None) -> FeatureExtractor:

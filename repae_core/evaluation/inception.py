@@ -14,6 +14,7 @@ from repae_core.weights import read_state_dict
 
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 SPATIAL_CHANNELS = 7
+_FILE = URL_INCEPTION_V3.rsplit("/", 1)[-1]
 
 
 class InceptionV3(FeatureExtractorInceptionV3):
@@ -61,8 +62,13 @@ def load_inception(weights: str) -> InceptionV3:
 
 def missing_weights() -> str:
     """What to do where Inception's weights are not given."""
-    name = URL_INCEPTION_V3.rsplit("/", 1)[-1]
+    file = f"weights/{_FILE}"
     return (
-        f"evaluate.extractor_weights: inception needs the file {name}; fetch it with `curl -L --create-dirs -o "
-        f"weights/{name} {URL_INCEPTION_V3}` and set evaluate.extractor_weights=weights/{name}"
+        f"evaluate.extractor_weights: inception needs the file {_FILE}; {fetch_weights(file)} and set "
+        f"evaluate.extractor_weights={file}"
     )
+
+
+def fetch_weights(file: str) -> str:
+    """The command that fetches Inception's weights, in words."""
+    return f"fetch it with `curl -L --create-dirs -o {file} {URL_INCEPTION_V3}`"

@@ -8,18 +8,20 @@ from torch import Tensor
 _CHUNK = 2048
 
 
-def precision_recall(real: Tensor, generated: Tensor, *, neighbours: int = 3) -> tuple[float, float]:
+def precision_recall(
+    real: Tensor, generated: Tensor, *, neighbours: int = 3, device: torch.device | None = None
+) -> tuple[float, float]:
     """Share of generated images inside the real manifold, and of real ones inside the generated; both in [0,1].
 
     real, generated: features [N,D] and [M,D]. A manifold is the union of balls around its images up to their
-    `neighbours`-th nearest other image; inside means distance <= radius. Distances are fp32.
+    `neighbours`-th nearest other image; inside means distance <= radius. Distances are fp32, on `device`.
 
     Raises:
         ValueError: not more images than neighbours.
     """
     if min(len(real), len(generated)) <= neighbours:
         raise ValueError(f"{neighbours} neighbours need more than {neighbours} images on both sides")
-    real, generated = real.float(), generated.float()
+    real, generated = (features.to(device, torch.float32) for features in (real, generated))
     radii_real, radii_generated = _radii(real, neighbours), _radii(generated, neighbours)
     precision = _share_inside(generated, real, radii_real)
     recall = _share_inside(real, generated, radii_generated)

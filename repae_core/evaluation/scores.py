@@ -25,10 +25,12 @@ def score_samples(
     neighbours: int,
     pool: Moments | None = None,
     spatial: Moments | None = None,
+    device: torch.device | None = None,
 ) -> dict[str, float]:
     """Fréchet distance, sFID, KID, Inception score, precision and recall, as far as features allow.
 
-    pool, spatial: moments where they were gathered already; else those of `samples`.
+    pool, spatial: moments where they were gathered already; else those of `samples`. device: of the many distances
+    of precision and recall.
 
     Raises:
         ValueError: the reference's statistics are of another network.
@@ -49,7 +51,9 @@ def score_samples(
     if reference.features is not None:
         scores["kid"] = kernel_distance(samples.features, reference.features)
         if min(len(samples.features), len(reference.features)) > neighbours:
-            precision, recall = precision_recall(reference.features, samples.features, neighbours=neighbours)
+            precision, recall = precision_recall(
+                reference.features, samples.features, neighbours=neighbours, device=device
+            )
             scores |= {"precision": precision, "recall": recall}
     return scores
 

@@ -34,15 +34,23 @@ class Generator:
     """`sample(labels, seed=...)` -> uint8 images; image i is a function of (seed, i), its label and the weights.
 
     sit: eval mode, its latent norm holding the statistics to decode with; vae: eval mode; guide: a weaker SiT of the
-    same latents and classes that takes the place of the unconditional half (autoguidance, Karras et al. 2024).
+    same latents and classes that takes the place of the unconditional half (autoguidance, Karras et al. 2024);
+    origin: what an error calls the model.
 
     Raises:
         ValueError: the guide has other latents or classes.
     """
 
     def __init__(
-        self, sit: SiT, vae: KLVAE, settings: SamplerSettings | None = None, *, guide: SiT | None = None
+        self,
+        sit: SiT,
+        vae: KLVAE,
+        settings: SamplerSettings | None = None,
+        *,
+        guide: SiT | None = None,
+        origin: str = "the model",
     ) -> None:
+        self.origin = origin
         self.sit = sit.eval()
         self.vae = vae.eval()
         self.settings = settings or SamplerSettings()
@@ -72,14 +80,28 @@ class Generator:
         noise: [N,C,h,w] to start from, in place of the draws of `seed`.
 
         Raises:
-            ValueError: a label outside the model's classes.
+            ValueError: a label outside the model's classes, or an image that is not finite.
         """
         device = next(self.sit.parameters()).device
         y = torch.as_tensor(labels, dtype=torch.int64, device=device)
         if y.numel() and not 0 <= int(y.min()) <= int(y.max()) < self.sit.num_classes:
             raise ValueError(f"labels must be in 0..{self.sit.num_classes - 1}")
         latents = self.sample_latents(y, seed=seed, first=first, noise=noise, progress=progress)
-        return to_uint8(self.decode(latents), self.settings.rounding)
+        images = self.decode(latents)
+        self._require_finite(images, first)
+        return to_uint8(images, self.settings.rounding)
+
+    def _require_finite(self, images: Tensor, first: int) -> None:
+        """NaN would become black pixels, and get a score."""
+        finite = images.isfinite().flatten(1).all(dim=1)
+        if not bool(finite.all()):
+            s, index = self.settings, first + int(finite.int().argmin())
+            guide = " and of the guide" if self.guide is not None else ""
+            raise ValueError(
+                f"generate: image {index} of {self.origin} is not finite (NaN or infinite) with sampler={s.sampler}, "
+                f"steps={s.steps}, guidance={s.guidance:g}: the weights{guide} have diverged (choose an earlier "
+                "generate.checkpoint), or these settings do not fit (lower generate.guidance, more generate.steps)"
+            )
 
     @torch.no_grad()
     def sample_latents(

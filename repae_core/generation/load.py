@@ -44,7 +44,9 @@ def build_generator(
     if guide is not None:
         require_guide(model, guide, checkpoint=checkpoint, guide_checkpoint=guide_checkpoint)
         weaker, _ = load_sit(guide, guide_checkpoint, guide_weights)
-    return Generator(sit, load_vae(vae), SamplerSettings(**{"path": record["path"]} | settings), guide=weaker)
+    chosen = SamplerSettings(**{"path": record["path"]} | settings)
+    origin = f"checkpoint {record['images_seen']} of {model.uri}"
+    return Generator(sit, load_vae(vae), chosen, guide=weaker, origin=origin)
 
 
 def require_guide(model: Artifact, guide: Artifact, *, checkpoint: str, guide_checkpoint: str) -> None:

@@ -42,8 +42,8 @@ from repae_core.stages.evaluation_parts import (
     read_parts,
 )
 from repae_core.stages.evaluation_protocol import provenance, table
-from repae_core.stages.generate import read_samples
 from repae_core.stages.latent_pictures import analyse_latents, memorised, nearest_neighbours, neighbour_picture
+from repae_core.stages.sample_shards import SampleShards
 
 logger = logging.getLogger("repae_core")
 
@@ -73,7 +73,6 @@ class Evaluation:
         self.cached = self._cached()
         info = inputs["samples"].read_json("samples.json")
         self._require_enough_images(info)
-        pixels, labels = read_samples(inputs["samples"], info["shards"])
         weights = section.perceptual_weights or ("",) * len(section.perceptual)
         perceptual = zip(section.perceptual, weights, strict=True) if section.vae_images else ()
         only_statistics = self.file is not None and self.file.images is None
@@ -82,8 +81,7 @@ class Evaluation:
             extractor=extractor,
             images=self.images,
             info=info,
-            pixels=pixels,
-            labels=labels,
+            samples=SampleShards(inputs["samples"], info["shards"]),
             reference_pixels=self.file.images if self.file else None,
             need_reference=self.cached is None and not only_statistics,
             vaes=self._vaes(),
@@ -185,16 +183,17 @@ class Evaluation:
             neighbours=self.section.neighbours,
             pool=joined_moments(parts, "pool"),
             spatial=joined_moments(parts, "spatial"),
+            device=self._device(),
         )
         digits = [str(digit) for digit in range(10)]
         if work.extractor.name == "digits" and self.images.class_names == digits and features.logits is not None:
-            scores["class_accuracy"] = class_accuracy(features.logits, torch.from_numpy(work.labels))
+            scores["class_accuracy"] = class_accuracy(features.logits, torch.from_numpy(work.samples.labels))
         return scores | {"images": len(features.features)}
 
     def _real_floor(self, reference: Reference) -> Scores:
         """What real images score at this N: held-out ones against all others (not more than a fifth held out)."""
         real = reference.features
-        held_out = min(len(self.work.pixels), len(real) // 5) if real is not None else 0
+        held_out = min(len(self.work.samples), len(real) // 5) if real is not None else 0
         if real is None or held_out < 2:
             return {}
         order = torch.from_numpy(batch_indices(len(real), seed=self.seed, images_seen=0, batch_size=len(real)))
@@ -204,8 +203,13 @@ class Evaluation:
             others,
             self.work.extractor.distance_name,
             neighbours=self.section.neighbours,
+            device=self._device(),
         )
         return scores | {"images": held_out}
+
+    def _device(self) -> torch.device:
+        """A GPU here, where the features' workers had some and have ended; 50,000 samples take an hour on a CPU."""
+        return torch.device("cuda" if self.section.gpus_per_worker and torch.cuda.is_available() else "cpu")
 
     def _vae_rows(self) -> dict[str, Scores]:
         """Each VAE against the same originals; `reconstructions` is the tuned one."""
@@ -231,9 +235,9 @@ class Evaluation:
             chosen = batch_indices(len(self.images), seed=self.seed, images_seen=0, batch_size=count)
             found["latents"], picture = analyse_latents(work.vaes, self.images.images(chosen))
             self.out.write_bytes("latents.png", picture)
-        queries = min(self.section.neighbour_samples, len(work.pixels))
+        queries = min(self.section.neighbour_samples, len(work.samples))
         if queries and reference.features is not None:
-            samples = _images(work.pixels[:queries])
+            samples = work.samples.images(0, queries)
             generated = joined_features(read_parts(work, "generated")).features
             indices, distances = nearest_neighbours(samples, generated, reference.features, count=5)
             self.out.write_bytes("neighbours.png", neighbour_picture(samples, self._real_images(indices)))

@@ -22,6 +22,7 @@ from repae_core.evaluation import FeatureExtractor, Features, Moments, batches_o
 from repae_core.generation import Generator, SamplerSettings, to_uint8
 from repae_core.losses.perceptual import PerceptualLoss
 from repae_core.models import KLVAE, SiT
+from repae_core.stages.sample_shards import SampleShards
 
 Progress = Callable[[int, int], None]
 Arrays = dict[str, np.ndarray]
@@ -53,18 +54,16 @@ class Part:
 class EvaluationWork:
     """What is compared with what; the same in every worker.
 
-    pixels, labels: generated images uint8 [N,H,W,3] and their classes. reference_pixels: those of a reference file;
-    None where the preprocessed images are the reference. need_reference: False where its statistics are known.
-    vaes: `after`, and `before` joint tuning if known. vae_images: on how many they are compared, `posterior`:
-    `sample` or `mode`.
+    samples: the generated images. reference_pixels: uint8 [N,H,W,3] of a reference file; None where the preprocessed
+    images are the reference. need_reference: False where its statistics are known. vaes: `after`, and `before` joint
+    tuning if known. vae_images: on how many they are compared, `posterior`: `sample` or `mode`.
     """
 
     out: Artifact
     extractor: FeatureExtractor
     images: ImageShards
     info: dict[str, Any]
-    pixels: np.ndarray
-    labels: np.ndarray
+    samples: SampleShards
     reference_pixels: np.ndarray | None
     need_reference: bool
     vaes: dict[str, KLVAE]
@@ -76,11 +75,11 @@ class EvaluationWork:
 
     def groups(self) -> dict[str, int]:
         """Images of each group."""
-        counts = {"generated": len(self.pixels)}
+        counts = {"generated": len(self.samples)}
         if self.need_reference:
             counts["reference"] = len(self.images) if self.reference_pixels is None else len(self.reference_pixels)
         if self.untrained:
-            counts["untrained"] = len(self.pixels)
+            counts["untrained"] = len(self.samples)
         if self.vae_images:
             counts["vae"] = self.vae_images
         return counts
@@ -191,7 +190,7 @@ class _Gathered:
 
 def _generated(work: EvaluationWork, part: Part, batch_size: int, _: torch.device) -> Arrays:
     gathered = _Gathered(work.extractor)
-    for batch in batches_of(work.pixels[part.start : part.stop], batch_size):
+    for batch in work.samples.batches(part.start, part.stop, batch_size):
         gathered.add(batch)
     return gathered.arrays()
 
@@ -216,7 +215,7 @@ def _untrained(work: EvaluationWork, part: Part, batch_size: int, device: torch.
     generator = Generator(sit.to(device), work.vaes["after"], SamplerSettings(steps=_UNTRAINED_STEPS))
     gathered = _Gathered(work.extractor)
     for start in range(part.start, part.stop, batch_size):
-        labels = torch.from_numpy(work.labels[start : min(start + batch_size, part.stop)])
+        labels = torch.from_numpy(work.samples.labels[start : min(start + batch_size, part.stop)])
         gathered.add(generator.sample(labels, seed=work.seed, first=start))
     return gathered.arrays()
 

@@ -41,7 +41,7 @@ def provenance(
     info, extractor = work.info, work.extractor
     models = sampled_models(inputs["samples"])
     return {
-        "num_images": len(work.pixels),
+        "num_images": len(work.samples),
         "labels": info["labels"],
         "seeds": {"generate": info["seed"], "evaluate": work.seed},
         "sampler": info["sampler"],
@@ -113,7 +113,7 @@ def _guidance_in_words(sampler: dict[str, Any], guide: dict[str, Any] | None) ->
 
 def _kid_size(work: EvaluationWork, reference: Reference) -> int:
     real = 0 if reference.features is None else len(reference.features)
-    return min(KID_SUBSET_SIZE, len(work.pixels), real)
+    return min(KID_SUBSET_SIZE, len(work.samples), real)
 
 
 def _protocol(
@@ -122,7 +122,7 @@ def _protocol(
     info, sampler = work.info, work.info["sampler"]
     precision = "" if sampler.get("mixed_precision", "no") == "no" else f", {sampler['mixed_precision']}"
     words = {
-        "samples": f"{len(work.pixels):,}",
+        "samples": f"{len(work.samples):,}",
         "labels": info["labels"],
         "reference": reference.description,
         "extractor": work.extractor.name,
@@ -152,8 +152,8 @@ def _notes(work: EvaluationWork, rows: dict[str, Scores]) -> list[str]:
         notes.append("fd_digits is a Fréchet distance in the features of a small network of this repository, not FID.")
     elif extractor.name != "inception":
         notes.append(f"{extractor.distance_name} is a Fréchet distance in features of {extractor.name}, not FID.")
-    if len(work.pixels) < 50_000 and extractor.name == "inception":
-        notes.append(f"{len(work.pixels):,} samples: published values are of 50,000, which score lower.")
+    if len(work.samples) < 50_000 and extractor.name == "inception":
+        notes.append(f"{len(work.samples):,} samples: published values are of 50,000, which score lower.")
     if "real" in rows:
         held = int(rows["real"]["images"])
         notes.append(f"real: {held:,} real images against other real ones; no model can be asked for less.")

@@ -10,6 +10,8 @@ from repae_core.artifacts import Artifact, Store, save_run
 from repae_core.data import ImageShards
 from repae_core.stages.evaluate import Evaluation
 from repae_core.stages.evaluation_parts import split_group, write_missing_parts
+from repae_core.stages.generate import read_samples
+from repae_core.stages.sample_shards import SampleShards
 from tasks.compare import compare_scores
 
 
@@ -57,6 +59,25 @@ def test_any_number_of_workers_and_a_stop_give_the_same_scores(finished):
 
 def test_another_batch_size_changes_only_last_bits(finished):
     close(evaluate(finished, "two", batch_size=2), evaluate(finished, "all", batch_size=100), rel=1e-3)
+
+
+def test_samples_are_read_shard_by_shard(finished, monkeypatch):
+    """All images of 50,000 are 10 GB, in every worker."""
+    artifact = finished.artifact("generate")
+    pixels, labels = read_samples(artifact, 2)
+    read = []
+    whole = Artifact.read_bytes
+    monkeypatch.setattr(Artifact, "read_bytes", lambda self, name: read.append(name) or whole(self, name))
+    samples = SampleShards(artifact, 2)
+    assert np.array_equal(samples.labels, labels)
+    assert read == []
+    for start, stop in ((0, 2), (1, 6), (4, 9), (6, 12), (0, 12)):
+        assert np.array_equal(samples.images(start, stop).permute(0, 2, 3, 1).numpy(), pixels[start:stop])
+    read.clear()
+    assert [len(batch) for batch in samples.batches(6, 11, 2)] == [2, 2, 1]
+    assert read == []  # still the newest shard
+    assert [len(batch) for batch in samples.batches(0, 6, 4)] == [4, 2]
+    assert read == ["shards/00000.npz"]
 
 
 def test_statistics_are_computed_once(finished):
@@ -115,6 +136,10 @@ def test_reference_images_of_another_size(finished, tmp_path):
     [
         ("evaluate.reference={}/empty.npz", "evaluate.reference: .*empty.npz: damaged, or not an .npz file"),
         ("evaluate.reference={}/wide.npz", "wide.npz: sigma has the shape"),
+        (
+            "evaluate.extractor_weights={}/none.pth",
+            r"none.pth: cannot be read .*fetch it with `curl -L .*/none.pth https:",
+        ),
         ("generate.num_images=1", "generate.num_images=1: evaluate needs at least 2 images"),
     ],
 )
@@ -123,7 +148,8 @@ def test_what_cannot_be_scored_is_told_before_any_work(override, message, tmp_pa
 
     (tmp_path / "empty.npz").write_bytes(b"")
     np.savez(tmp_path / "wide.npz", mu=np.zeros(64), sigma=np.eye(3))
-    config = tiny.config("digits", tmp_path / "store", override.format(tmp_path))
+    more = ["evaluate.extractor=inception"] if "extractor_weights" in override else []
+    config = tiny.config("digits", tmp_path / "store", override.format(tmp_path), *more)
     with pytest.raises(ValueError, match=message), open_run(config, kind="full-pipeline"):
         pass
     assert not list((tmp_path / "store").glob("runs/*"))

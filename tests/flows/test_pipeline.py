@@ -352,6 +352,16 @@ def test_generation_from_the_joint_model(finished):
     assert samples.read_json("samples.json")["scale"] == pytest.approx(stats["scale"])
 
 
+def test_diverged_samples_stop_the_stage(finished):
+    """They would become black images, and get a score."""
+    with pytest.raises(
+        ValueError, match=r"image 0 of checkpoint 32 of .*train-ldm/.* is not finite .*guidance=1e\+300"
+    ):
+        finished.run("generate.guidance=1e300")
+    failed = [run for run in list_runs(finished.store) if run.status == "failed"]
+    assert failed[0].stages["generate"].status == "failed"
+
+
 def test_autoguidance_by_an_earlier_checkpoint(finished):
     record = finished.run("generate.guide=train-ldm", "generate.guide_checkpoint=16", "evaluate.vae_images=0")
     assert made(record) == ["generate", "evaluate"]

@@ -1,5 +1,7 @@
 """`repae sweep`: real points on the same noise, the table with the best, curves in the report."""
 
+import shlex
+
 import numpy as np
 import pytest
 import tiny
@@ -34,6 +36,10 @@ def test_points_are_scored_once_and_shown(call, tmp_path):
     assert all(row["fd_digits"] > 0 and row["psnr"] > 0 for row in sweep["vae"])
     assert sweep["best"]["fd_digits"] == min(row["fd_digits"] for row in sweep["guidance"])
     assert f"Best     fd_digits {sweep['best']['fd_digits']:.3f}" in out
+    line = next(line for line in out.splitlines() if "generate.guidance_interval=" in line)
+    pasted = shlex.split(line)
+    assert pasted[::2] == ["--set"] * (len(pasted) // 2)
+    assert "generate.guidance_interval=[0.0, 1.0]" in pasted
     assert run.config["generate"]["num_images"] == 12  # the config itself comes last, and its page shows the sweep
     page = store.read_bytes(f"runs/{run.run_id}/report.html").decode()
     assert "Sweep of the sampler" in page

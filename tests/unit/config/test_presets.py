@@ -1,14 +1,29 @@
 """Presets, overrides and the one-line errors that name the field."""
 
+import re
+from pathlib import Path
+
 import pytest
 import yaml
 
 from repae_core.config import PipelineConfig, load_config, preset_names
 
+ROOT = Path(__file__).resolve().parents[3]
+
 
 @pytest.mark.parametrize("name", preset_names())
 def test_every_preset_resolves(name):
     assert isinstance(load_config(name), PipelineConfig)
+
+
+@pytest.mark.parametrize("name", [name for name in preset_names() if name.startswith(("imagenet", "ldm"))])
+def test_presets_of_published_numbers_sample_and_score_on_gpus(name):
+    """Not on one CPU thread; and the weights file has the name that the documented command gives it."""
+    config = load_config(name)
+    for section in (config.generate, config.evaluate):
+        assert (section.workers, section.gpus_per_worker) == (8, 1)
+    fetched = re.search(r"curl -L --create-dirs -o (\S+)", (ROOT / "docs/evaluation.md").read_text())
+    assert config.evaluate.extractor_weights == fetched[1]
 
 
 @pytest.mark.parametrize(

@@ -163,6 +163,16 @@ def test_any_encoder_is_an_extractor(digits):
     assert features.logits is None
 
 
+def test_every_extractor_has_a_hash_of_its_weights(tmp_path):
+    """Also where no file is given; it names the statistics that are kept, and says what the scores are of."""
+    committed, encoder = build_extractor("digits"), build_extractor("digits-vit")
+    assert committed.weights_sha256 == build_extractor("digits").weights_sha256
+    assert len({committed.weights_sha256, encoder.weights_sha256, ""}) == 3
+    torch.save(committed.network.state_dict(), tmp_path / "w.pth")
+    of_file = hashlib.sha256((tmp_path / "w.pth").read_bytes()).hexdigest()
+    assert build_extractor("digits", str(tmp_path / "w.pth")).weights_sha256 == of_file
+
+
 def test_extractor_errors():
     with pytest.raises(ValueError, match="unknown extractor 'other'"):
         build_extractor("other")

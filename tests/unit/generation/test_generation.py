@@ -51,6 +51,15 @@ def test_guidance_and_interval_matter(models):
     assert torch.equal(plain, never)
 
 
+def test_images_that_are_not_finite_are_refused(models):
+    sit, vae = models
+    noise = torch.zeros(3, 4, 8, 8)
+    noise[1, 0, 0, 0] = float("nan")
+    made = Generator(sit, vae, SamplerSettings(steps=3, guidance=2.0), origin="checkpoint 5 of x")
+    with pytest.raises(ValueError, match=r"image 8 of checkpoint 5 of x is not finite .* steps=3, guidance=2:"):
+        made.sample([0, 1, 2], first=7, noise=noise)
+
+
 def test_labels_outside_the_classes_are_refused(models):
     for wrong in ([3], [-1]):
         with pytest.raises(ValueError, match=r"labels must be in 0\.\.2"):
