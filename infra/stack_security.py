@@ -20,7 +20,7 @@ from compose_stack import BUCKETS, ROOT, Stack
 SECRETS = ("PASSWORD", "SECRET", "TOKEN", "_KEY")
 IMAGES = ("repae-control", "repae-worker")
 TEXT = (".json", ".jsonl", ".log", ".html", ".yaml", ".md", ".txt")
-UNGUARDED = (8080, 8888, 9333, 18080, 18888, 19333)  # SeaweedFS: volume server, filer, master, and their gRPC
+UNGUARDED = (8080, 8888, 9333, 18080, 18888, 19333)  # SeaweedFS: volume server, filer, master, and gRPC
 CONNECT = "import socket, sys; socket.create_connection(('s3', int(sys.argv[1])), 2)"
 FOREIGN = "http://evil.example.org"
 JOIN = "import ray; ray.init(address='ray-head:6379', logging_level='ERROR'); print(ray.cluster_resources())"
