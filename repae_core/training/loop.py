@@ -20,6 +20,7 @@ from repae_core.artifacts import Artifact
 from repae_core.artifacts.checkpoints import committed_checkpoints
 from repae_core.training.checkpoint import load_checkpoint
 from repae_core.training.checkpoint_writer import CheckpointWriter
+from repae_core.training.precision import require_finite_gradients
 from repae_core.training.state import LDMState, Metrics
 from repae_core.training.throughput import ThroughputMeter
 from repae_core.training.watchdog import StepWatchdog
@@ -138,6 +139,7 @@ class TrainingLoop:
 
         Raises:
             StoreError: a checkpoint could not be written within the store's time budget.
+            NonFiniteLossError: a gradient of a step whose weights are to be kept was NaN or infinite.
         """
         s = self.settings
         last_report, saved_for_preemption = time.monotonic(), False
@@ -164,6 +166,7 @@ class TrainingLoop:
                     self._send_pictures(writer, done, pictures)
                 leaving = not saved_for_preemption and self.preempted()
                 if leaving or done % s.checkpoint_every == 0 or last:
+                    require_finite_gradients(metrics, self.state.networks())
                     writer.save(self.record | {"images_seen": done * s.batch_size, "history": self.history})
                 if leaving:
                     logger.warning("this machine is about to be taken away: checkpoint at step %d", done)

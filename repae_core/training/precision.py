@@ -1,13 +1,16 @@
-"""Autocast of SiT and the encoders, and the guard against non-finite losses."""
+"""Autocast of SiT and the encoders, and the guards against non-finite losses and gradients."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from repae_core.training.distributed import Group
+from repae_core.training.optim import Network
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -53,3 +56,19 @@ def require_finite(terms: dict[str, Tensor], group: Group) -> None:
     if not bool(finite.all()):
         bad = [name for name, ok in zip(terms, finite.tolist(), strict=True) if not ok]
         raise NonFiniteLossError(f"non-finite loss: {', '.join(bad)}; the last checkpoint is kept")
+
+
+def require_finite_gradients(metrics: Mapping[str, Tensor], networks: Mapping[str, Network[Any]]) -> None:
+    """Stop before a checkpoint keeps weights that a non-finite gradient of finite losses has spoilt.
+
+    Asked where a checkpoint is due: at any other step the next one's losses tell, without waiting for the device here.
+    A network with a gradient scaler (fp16) has left such a step out by itself.
+
+    Raises:
+        NonFiniteLossError: names the networks; the norms are those of all ranks, so all of them stop.
+    """
+    watched = [name for name, network in networks.items() if not network.scaler.is_enabled()]
+    norms = {name: metrics[key] for name in watched if (key := f"grad_norm_{name}") in metrics}
+    bad = [name for name, norm in norms.items() if not bool(torch.isfinite(norm))]
+    if bad:
+        raise NonFiniteLossError(f"non-finite gradient of {', '.join(bad)}; the last checkpoint is kept")

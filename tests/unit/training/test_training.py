@@ -179,6 +179,22 @@ def test_non_finite_loss_names_the_term_and_updates_nothing(config, images, tmp_
     require_finite({"a": torch.zeros(())}, run.group)
 
 
+def test_weights_spoilt_by_a_gradient_are_not_kept(config, images, tmp_path):
+    """The losses of the checkpoint's own step are finite, only a gradient is not."""
+    out = folder(tmp_path)
+    run = start(config, images, out)
+    passes = []
+
+    def spoil(gradient):
+        passes.append(1)
+        return gradient * float("nan") if len(passes) == 2 else gradient  # SiT's second step is the run's fourth
+
+    run.state.sit.module.final_layer.linear.weight.register_hook(spoil)
+    with pytest.raises(NonFiniteLossError, match="gradient of sit"):
+        train(run)
+    assert committed_checkpoints(out) == [16]
+
+
 def test_a_step_draws_what_it_is_not_given(config, images, tmp_path):
     """t, noises and dropped labels: each given one is taken, the others come from the generator (or torch's own)."""
     run = start(config, images, folder(tmp_path))
