@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import psutil
+from safetensors import SafetensorError
 
 from repae_core.artifacts import Artifact, StoreError
 from repae_core.artifacts.checkpoints import FOLDER, commit_checkpoint, committed_checkpoints
@@ -87,8 +88,11 @@ class CheckpointWriter:
             self.check()
         try:
             write_snapshot(target, self._state, record)
-        except OSError as error:
-            raise StoreError(f"checkpoint scratch {self._scratch}: {error.strerror or error}") from error
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "StreamWriter" not in str(error):  # torch.save on a full disk
+                raise
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+            raise StoreError(f"checkpoint scratch {self._scratch}: {reason}") from error
         if self._thread is not None:
             self._queue.put(functools.partial(self._commit, record["images_seen"]))
         self.seconds += time.monotonic() - began

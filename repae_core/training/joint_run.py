@@ -80,7 +80,8 @@ class JointRun(TrainingRun):
         else:
             count = min(self.joint.latent_stats_images, len(self.images))
             chosen = batch_indices(len(self.images), seed=self.config.seed, images_seen=0, batch_size=count)
-            scale, bias = measure_latents(self.state.vae.module, self.images, chosen)
+            alive = self.loop.alive if self.loop else lambda: None
+            scale, bias = measure_latents(self.state.vae.module, self.images, chosen, progress=lambda *_: alive())
         for sit in (self.state.sit.module, self.state.ema):
             sit.set_latent_stats(scale=scale, bias=bias)
 
@@ -91,6 +92,11 @@ class JointRun(TrainingRun):
         if self.group.is_main:
             state = {name: tensor.cpu().contiguous() for name, tensor in self.state.vae.module.state_dict().items()}
             self.folder.write_bytes(UNTUNED_VAE, save_safetensors(state))
+
+    def inherit(self, source: Artifact) -> None:
+        """The VAE from before joint training, which a run that continues another one does not pass again."""
+        if self.group.is_main and source.exists(UNTUNED_VAE):
+            self.folder.write_bytes(UNTUNED_VAE, source.read_bytes(UNTUNED_VAE))
 
     def image_flops(self, index: int) -> float:
         """Of a warm-up or a joint step."""

@@ -27,6 +27,8 @@ from repae_core.training.watchdog import StepWatchdog
 
 logger = logging.getLogger("repae_core")
 
+_AFTER_STORE_SECONDS = 60.0  # to write what waited
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -102,6 +104,7 @@ class TrainingLoop:
         self.preempted = preempted
         self.history: list[dict[str, float]] = []
         self.start_step = 0
+        self.watchdog: StepWatchdog | None = None
 
     def restore(self, source: Artifact | None = None) -> bool:
         """Continue from the newest committed checkpoint of `source` (default: this folder); False if it has none.
@@ -109,21 +112,22 @@ class TrainingLoop:
         Raises:
             ValueError: it does not fit this run: workers, micro-batches, batch size, or nothing left to train.
         """
-        origin = source or self.folder
-        found = committed_checkpoints(origin)
-        if not found:
+        origin, group = source or self.folder, self.state.group
+        newest = torch.tensor([max(committed_checkpoints(origin), default=0)], device=group.device)
+        seen = int(group.gather(newest)[0])  # the main rank's: listings of one store may differ for a moment
+        if not seen:
             return False
         s = self.settings
-        if found[-1] % s.batch_size or (source and found[-1] >= s.total_steps * s.batch_size):
+        if seen % s.batch_size or (source and seen >= s.total_steps * s.batch_size):
             raise ValueError(
-                f"{origin.uri} has seen {found[-1]} images; this run of {s.total_steps} steps of {s.batch_size} images "
+                f"{origin.uri} has seen {seen} images; this run of {s.total_steps} steps of {s.batch_size} images "
                 "must be longer, by whole batches: see init_from, batch_size and max_steps"
             )
-        record = load_checkpoint(origin, found[-1], self.state, rounding=s.rounding)
+        record = load_checkpoint(origin, seen, self.state, rounding=s.rounding)
         self.history = record["history"]
         self.start_step = record["images_seen"] // s.batch_size
-        logger.info("continued from checkpoint %d of %s", found[-1], origin.uri)
-        self.report(Progress(self.start_step, s.total_steps, found[-1], history=self.history))
+        logger.info("continued from checkpoint %d of %s", seen, origin.uri)
+        self.report(Progress(self.start_step, s.total_steps, seen, history=self.history))
         return True
 
     def run(
@@ -151,7 +155,7 @@ class TrainingLoop:
             keep_every=s.keep_checkpoints_every * s.batch_size,
             waiting=s.checkpoint_queue,
         )
-        with writer, self._watchdog() as beat:
+        with writer, self._watchdog():
             for index, batch in zip(range(self.start_step, s.total_steps), self._timed(batches), strict=False):
                 metrics = step(index, batch)
                 done = index + 1
@@ -173,7 +177,8 @@ class TrainingLoop:
                     saved_for_preemption = True
                     writer.flush()
                 writer.check()
-                beat()
+                if self.watchdog:
+                    self.watchdog.beat()
                 self._report_written(writer)
                 if logged or time.monotonic() - last_report > 2.0:
                     last_report = time.monotonic()
@@ -193,13 +198,20 @@ class TrainingLoop:
         for progress in writer.take_receipts():
             self.report(progress)
 
+    def alive(self) -> None:
+        """A step that takes long on purpose goes on."""
+        if self.watchdog:
+            self.watchdog.alive()
+
     @contextlib.contextmanager
-    def _watchdog(self) -> Iterator[Callable[[], None]]:
+    def _watchdog(self) -> Iterator[None]:
+        """Patient enough for a step that waits, on this rank or another, until the store is back."""
         if self.settings.step_timeout is None:
-            yield lambda: None
-        else:
-            with StepWatchdog(self.settings.step_timeout or None) as watchdog:
-                yield watchdog.beat
+            yield
+            return
+        patience = self.folder.store.retry_seconds + _AFTER_STORE_SECONDS
+        with StepWatchdog(self.settings.step_timeout or None, minimum=patience) as self.watchdog:
+            yield
 
     def _timed(self, batches: Iterable[Any]) -> Iterator[Any]:
         """The batches, with the time spent on waiting for them."""

@@ -66,7 +66,12 @@ class Network(Generic[M]):
         self.scaler.scale(loss).backward()
 
     def step(self, max_grad_norm: float, rate_factor: float = 1.0) -> Tensor:
-        """Clip, step at `rate_factor` times the base rate, clear; returns the gradient norm before clipping."""
+        """Clip, step at `rate_factor` times the base rate, clear; returns the gradient norm before clipping.
+
+        A network that no loss has reached (a frozen VAE) stays as it is.
+        """
+        if all(p.grad is None for p in self.parameters()):
+            return torch.zeros((), device=self.parameters()[0].device)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * rate_factor
         self.scaler.unscale_(self.optimizer)

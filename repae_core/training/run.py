@@ -36,6 +36,7 @@ class TrainingRun(ABC):
 
     def __init__(self, config: PipelineConfig, folder: Artifact, group: Group) -> None:
         self.config, self.folder, self.group = config, folder, group
+        self.loop: TrainingLoop | None = None
 
     @abstractmethod
     def batch(self, item: Any, draws: Draws, step: int) -> Batch:
@@ -52,6 +53,9 @@ class TrainingRun(ABC):
     @abstractmethod
     def preview(self, step: int) -> dict[str, bytes]:
         """PNG files after `step` steps by name (rank 0 only)."""
+
+    def inherit(self, source: Artifact) -> None:  # noqa: B027
+        """Take over what a run that continues another one would not make again."""
 
     @abstractmethod
     def specs(self) -> dict[str, Any]:
@@ -89,8 +93,9 @@ class TrainingRun(ABC):
         loop = TrainingLoop(
             self.state, self.folder, settings, record=record, report=report, guard=guard, preempted=preempted
         )
-        if not loop.restore() and init_from is not None:
-            loop.restore(init_from)
+        self.loop = loop
+        if not loop.restore() and init_from is not None and loop.restore(init_from):
+            self.inherit(init_from)
         loop.run(self.batches(loop.start_step), self.step, self.preview, self.meter(loop.start_step))
         return loop.history
 

@@ -30,11 +30,16 @@ def end_process() -> None:
 class StepWatchdog:
     """Calls `on_hang` when no step has ended for max(120 s, 10 x the median step), or for `timeout` s if given.
 
+    minimum: seconds in place of the 120, where it is longer.
+
     It watches from the first `beat` on: the first step loads, compiles and connects.
     """
 
-    def __init__(self, timeout: float | None = None, on_hang: Callable[[], None] = end_process) -> None:
+    def __init__(
+        self, timeout: float | None = None, on_hang: Callable[[], None] = end_process, *, minimum: float = 0.0
+    ) -> None:
         self._timeout, self._on_hang = timeout, on_hang
+        self._minimum = max(MINIMUM_SECONDS, minimum)
         self._durations: deque[float] = deque(maxlen=101)
         self._last: float | None = None
         self._stop = threading.Event()
@@ -54,11 +59,16 @@ class StepWatchdog:
             self._durations.append(now - self._last)
         self._last = now
 
+    def alive(self) -> None:
+        """The step under way still works."""
+        if self._last is not None:
+            self._last = time.monotonic()
+
     @property
     def limit(self) -> float:
         """Seconds after which a step counts as hanging."""
         median = statistics.median(self._durations) if self._durations else 0.0
-        return self._timeout or max(MINIMUM_SECONDS, MEDIANS * median)
+        return self._timeout or max(self._minimum, MEDIANS * median)
 
     def _watch(self) -> None:
         while not self._stop.wait(min(1.0, self.limit / 4)):

@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from repae_core.artifacts import Artifact, Store, StoreError
 from repae_core.artifacts.checkpoints import committed_checkpoints
@@ -90,13 +91,22 @@ def test_a_failed_upload_stops_the_run_and_damages_nothing(folder, state, monkey
     assert committed_checkpoints(folder) == [10]
 
 
-def test_a_full_local_disk_is_one_line(folder, state, monkeypatch):
+@pytest.mark.parametrize(
+    "told",
+    [
+        OSError(28, "No space left on device"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc] PytorchStreamWriter: No space left on device"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_full_local_disk_is_one_line(folder, state, monkeypatch, told):
     def full(*_):
-        raise OSError(28, "No space left on device")
+        raise told
 
     monkeypatch.setattr(checkpoint_writer, "write_snapshot", full)
     target = writer(folder, state)
-    with pytest.raises(StoreError, match=r"checkpoint scratch .*: No space left on device"), target:
+    with pytest.raises(StoreError, match=r"checkpoint scratch .*: .*No space left on device"), target:
         save(target, 10)
 
 

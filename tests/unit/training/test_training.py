@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load as load_safetensors
 from scipy import stats
 
+from repae_core.artifact_models import UNTUNED_VAE
 from repae_core.artifacts import Artifact, Store
 from repae_core.artifacts.checkpoints import committed_checkpoints, resolve_checkpoint
 from repae_core.config import PipelineConfig
@@ -177,6 +178,22 @@ def test_non_finite_loss_names_the_term_and_updates_nothing(config, images, tmp_
         repae_step(run.state, batch, run.objective, draws)
     assert torch.equal(run.state.vae.module.decoder.conv_out.weight, before)
     require_finite({"a": torch.zeros(())}, run.group)
+
+
+def test_a_run_that_continues_another_keeps_its_untuned_vae(config, images, tmp_path):
+    short, long = (Artifact(Store(str(tmp_path)), "train-repae", name) for name in ("short", "long"))
+    train(start(config, images, short))
+    more = config.train_repae.model_copy(update={"max_steps": config.train_repae.max_steps + 2})
+    continued = start(config.model_copy(update={"train_repae": more}), images, long)
+    continued.run(report=lambda progress: None, guard=lambda: None, record={}, init_from=short)
+    assert long.read_bytes(UNTUNED_VAE) == short.read_bytes(UNTUNED_VAE)
+
+
+def test_a_network_that_no_loss_has_reached_stays(config, images, tmp_path):
+    vae = start(config, images, folder(tmp_path)).state.vae
+    before = vae.module.decoder.conv_out.weight.clone()
+    assert float(vae.step(1.0)) == 0
+    assert torch.equal(vae.module.decoder.conv_out.weight, before)
 
 
 def test_weights_spoilt_by_a_gradient_are_not_kept(config, images, tmp_path):

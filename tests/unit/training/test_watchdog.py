@@ -23,3 +23,20 @@ def test_slow_steps_have_a_longer_limit():
     assert watchdog.limit == 120
     watchdog._durations.extend([30.0, 40.0, 50.0])
     assert watchdog.limit == 400
+
+
+def test_a_store_that_is_waited_for_lengthens_the_limit():
+    assert StepWatchdog(on_hang=lambda: None, minimum=240).limit == 240
+    assert StepWatchdog(on_hang=lambda: None, minimum=60).limit == 120
+    assert StepWatchdog(5, on_hang=lambda: None, minimum=240).limit == 5
+
+
+def test_long_work_inside_a_step_can_say_that_it_goes_on():
+    hung = threading.Event()
+    with StepWatchdog(0.4, hung.set) as watchdog:
+        watchdog.beat()
+        for _ in range(20):
+            time.sleep(0.05)
+            watchdog.alive()
+        assert not hung.is_set()
+        assert hung.wait(20)
