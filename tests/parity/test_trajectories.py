@@ -106,23 +106,22 @@ def latent_only_step(state: LDMState, i: int, objective: FlowObjective) -> Metri
     return ldm_step(state, batch, objective, draws)
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("trainable_pos_embed", [True, False])
 def test_joint_steps(trainable_pos_embed: bool) -> None:
     """Every loss, norm and statistic of five steps, and what the final networks compute.
 
-    With the table fixed, a LeakyReLU of the discriminator is so close to its kink in step 3 that rounding decides
-    its slope (1e-7 before, 3e-3 in step 4's gradient norm). So the run, or one within rounding of it, must agree
-    in full; a difference in the steps before that is never forgiven.
+    Rounding decides here and there: Adam's first step is the gradient's sign, also where the gradient is nearly zero,
+    and with the table fixed a LeakyReLU of the discriminator is at its kink in step 3. CPUs of another instruction set
+    round otherwise (one with AMX: 4e-4 in step 1's gradient norm). So the run, or one within rounding of it, must agree
+    in full; a wrong formula agrees in none. A difference in the first step is never forgiven.
     """
     for rounding_seed in ROUNDING_SEEDS:
         try:
             check_joint_run(trainable_pos_embed, rounding_seed)
         except AssertionError as error:
-            if (
-                trainable_pos_embed
-                or rounding_seed == ROUNDING_SEEDS[-1]
-                or not str(error).startswith(("step 3", "step 4"))
-            ):
+            print(f"rounding {rounding_seed}: {str(error)[:60]}")
+            if rounding_seed == ROUNDING_SEEDS[-1] or str(error).startswith("step 0"):
                 raise
         else:
             return
