@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from flows.environment import THREADS_AND_MEMORY
 from repae_core.config import STAGES
 
 WORK_POOL = "repae"
@@ -19,8 +20,7 @@ _HEADER = "# Made by `make deployments` from flows/deployments.py: change it the
 # What a deployed run sets that `repae run` sets itself, or leaves out because somebody watches it.
 _ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
-    "OMP_WAIT_POLICY": "passive",
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    **THREADS_AND_MEMORY,
     "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS),  # what flows.automations watches
     # Prefect's server or its database may be away for a minute or two; it answers 500 while the database is.
     "PREFECT_CLIENT_MAX_RETRIES": "7",

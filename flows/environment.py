@@ -9,6 +9,14 @@ import psutil
 
 from repae_core.config.environment import repae_home
 
+THREADS_AND_MEMORY = {
+    # Idle OpenMP threads that spin steal the cores from whoever else works: ten times slower on a busy
+    # machine. A short spin keeps two threads fast on a quiet one (docs/environment.md has the figures).
+    "OMP_WAIT_POLICY": "passive",
+    # Read when a process starts, so for the training workers that this one starts (host_memory.py).
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
+
 
 def prepare_environment() -> None:
     """Quiet, local defaults for everything the caller has not set."""
@@ -24,14 +32,9 @@ def prepare_environment() -> None:
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "WARNING",
         "PREFECT_LOGGING_TO_API_ENABLED": "false",
         "DO_NOT_TRACK": "1",
-        # Idle OpenMP threads that spin steal the cores from whoever else works: ten times slower on a busy
-        # machine. A short spin keeps two threads fast on a quiet one (docs/environment.md has the figures).
-        "OMP_WAIT_POLICY": "passive",
-        # Read when a process starts, so for the training workers that this one starts (host_memory.py).
-        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    for name, value in defaults.items():
+    for name, value in (defaults | THREADS_AND_MEMORY).items():
         os.environ.setdefault(name, value)
 
 

@@ -96,9 +96,8 @@ def _of_runs(store: Store, keep_runs: int, oldest: datetime, found: Mapping[Name
     given = {value for record in kept for value in _texts(record.config)}
     names |= {name for name, artifact in found.items() if any(_refers(value, artifact) for value in given)}
     if "latest" in given:
-        finished = [(m.finished_at, name) for name, artifact in found.items() if (m := artifact.manifest())]
-        names |= {max(times)[1] for stage in {n.stage for _, n in finished}
-                  if (times := [(when, name) for when, name in finished if name.stage == stage])}  # fmt: skip
+        finished = sorted((m.finished_at, name) for name, artifact in found.items() if (m := artifact.manifest()))
+        names |= set({name.stage: name for _, name in finished}.values())  # the last of each stage
     return names
 
 
