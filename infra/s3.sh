@@ -9,7 +9,8 @@ identities=/dev/shm/identities.json  # in memory; given by environment variables
 unset AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY
 shell() { weed shell -master=127.0.0.1:9333 2>/dev/null; }
 
-weed server -dir=/data -ip=127.0.0.1 -ip.bind=127.0.0.1 -volume.max=0 -filer &
+# Volumes of 512 MB: with SeaweedFS's 30 GB a disk has room for one or two, and each bucket needs its own.
+weed server -dir=/data -ip=127.0.0.1 -ip.bind=127.0.0.1 -volume.max=0 -master.volumeSizeLimitMB=512 -filer &
 server=$!
 trap 'kill -TERM $server' TERM INT
 until listed=$(echo "s3.bucket.list" | shell); do
