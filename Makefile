@@ -59,10 +59,10 @@ report: env  ## Write the report of the latest run again and say where it is
 	$(BIN)/repae report
 
 test: env  ## All fast tests
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0
 
 test-slow: env  ## The end-to-end tests that take minutes
-	$(TEST_ENV) $(BIN)/python -m pytest -m slow -n 2 --timeout 1800
+	$(TEST_ENV) $(BIN)/python -m pytest -m slow -n 2 --max-worker-restart 0 --timeout 1800
 
 test-soak: env  ## Longer repetitions and a browser: many minutes on a machine that does nothing else
 	$(TEST_ENV) $(BIN)/python -m pytest -m soak --timeout 1800

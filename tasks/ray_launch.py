@@ -10,12 +10,12 @@ import contextlib
 import logging
 import os
 import tempfile
+import time
 import uuid
 from collections.abc import Callable
 from typing import Any, cast
 
-from tasks.interruptible import interruptible
-from tasks.ray_session import RaySession
+from tasks.ray_session import RaySession, on_this_machine
 
 Report = Callable[[dict[str, Any]], None]
 Worker = Callable[[dict[str, Any], Report], dict[str, Any]]  # (payload, report) -> result of rank 0
@@ -23,6 +23,7 @@ Worker = Callable[[dict[str, Any], Report], dict[str, Any]]  # (payload, report)
 logger = logging.getLogger("repae")
 
 _FINAL = "final_error"  # key of a worker's message that no restart would help
+_POLL_SECONDS = 0.2
 _COLLECTIVE_SECONDS = 300  # gloo and NCCL; longer than a store may be away, shorter than torch's half hour
 
 
@@ -94,7 +95,9 @@ def launch(
 def _fit(
     worker: Worker, payload: dict[str, Any], on_report: Report, *, workers: int, cpus: int, gpus: int
 ) -> dict[str, Any]:
-    """One `fit()`; FinalError when a worker raised it."""
+    """One `fit()`, in a Ray task: a thread of this process would still be inside Ray when a cancel shuts it down, and
+    Ray then ends the process. FinalError when a worker raised it.
+    """
     import ray
 
     # Restarted where its machine is lost: `fit` alone decides whether the workers have failed.
@@ -115,17 +118,15 @@ def _fit(
         with contextlib.suppress(ray.exceptions.RayError):  # tried again; nothing but the live view depends on it
             deliver()
 
+    config = {"worker": worker, "payload": payload, "mailbox": mailbox, "folder": os.getcwd()}
     with tempfile.TemporaryDirectory(prefix="repae-ray-", ignore_cleanup_errors=True) as scratch:
-        trainer = _trainer(
-            {"worker": worker, "payload": payload, "mailbox": mailbox, "folder": os.getcwd()},
-            scratch,
-            workers=workers,
-            cpus=cpus,
-            gpus=gpus,
-        )
+        fit = on_this_machine(_run_trainer).remote(config, scratch, workers=workers, cpus=cpus, gpus=gpus)
         try:
-            result = interruptible(trainer.fit, meanwhile=deliver_if_possible)
+            while not ray.wait([fit], timeout=0)[0]:
+                deliver_if_possible()
+                time.sleep(_POLL_SECONDS)  # not in `ray.wait`, which swallows the exception of a cancel
             deliver_if_possible()
+            return cast(dict[str, Any], ray.get(fit))
         except ReportFailedError:
             raise
         except Exception as error:
@@ -136,7 +137,6 @@ def _fit(
         finally:
             with contextlib.suppress(Exception):
                 ray.kill(mailbox)
-    return dict(result.return_value)
 
 
 def preempted() -> bool:
@@ -158,6 +158,14 @@ class _Mailbox:
     def drain(self) -> list[dict[str, Any]]:
         messages, self.messages = self.messages, []
         return messages
+
+
+def _run_trainer(loop_config: dict[str, Any], scratch: str, *, workers: int, cpus: int, gpus: int) -> dict[str, Any]:
+    """Runs in a Ray task beside the driver."""
+    try:
+        return dict(_trainer(loop_config, scratch, workers=workers, cpus=cpus, gpus=gpus).fit().return_value)
+    except Exception as error:  # Ray's own exceptions do not survive the way to the driver
+        raise WorkersFailedError(root_cause(error)) from error
 
 
 def _trainer(loop_config: dict[str, Any], scratch: str, *, workers: int, cpus: int, gpus: int) -> Any:

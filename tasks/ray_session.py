@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import signal
 import socket
 import tempfile
+import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
 from repae_core.config.environment import repae_home
-from tasks.interruptible import signal_handlers_kept
 
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -56,7 +59,7 @@ class RaySession:
             os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         import ray
 
-        with signal_handlers_kept():
+        with _signal_handlers_kept():
             context: Any = ray.init(
                 address=given,
                 include_dashboard=None if given else False,
@@ -91,9 +94,36 @@ class RaySession:
         if self.address is not None:
             import ray
 
-            with signal_handlers_kept():
+            with _signal_handlers_kept():
                 ray.shutdown()
             self.address = None
+
+
+def on_this_machine(function: Callable[..., Any]) -> Any:
+    """`function` as a Ray task that takes no CPU, runs on the driver's machine and never twice."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    settings = {name: os.environ[name] for name in _QUIET if name in os.environ}
+    decorate: Any = ray.remote(
+        num_cpus=0, max_retries=0, scheduling_strategy=cast(Any, here), runtime_env={"env_vars": settings}
+    )
+    return decorate(function)
+
+
+@contextlib.contextmanager
+def _signal_handlers_kept() -> Iterator[None]:
+    """Ray replaces the SIGTERM handler, and a cancel by Prefect would look like a crash."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    kept = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
 
 
 def _answer() -> bool:
