@@ -14,7 +14,6 @@ import contextlib
 import io
 import multiprocessing
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -169,15 +168,16 @@ def memory(folder: Path) -> None:
 
 def measure(part: str, photos: str, store: str) -> None:
     """Print this process's peak memory after one part, MiB."""
+    import torch
+
     from repae_core.artifacts import Artifact, Store
     from repae_core.data import DataOrder, ImageShards, Selection, load_batches, open_source, preprocess_images
+    from repae_core.training.throughput import peak_memory
 
     made = Artifact(Store(store), "preprocess", "memory")
     if part == "preprocess":
         preprocess_images(open_source(photos), made, resolution=64, images_per_shard=250, seed=0)
     else:
-        import torch
-
         from repae_core.models import build_vae
         from repae_core.stages.cache_latents import plan_latents, write_missing_latents
 
@@ -194,7 +194,7 @@ def measure(part: str, photos: str, store: str) -> None:
             work = plan_latents(build_vae(small).eval(), images, out, dtype="float32", flip=False)
             write_missing_latents(work, batch_size=50, progress=lambda done, total: None)
             work.writer.finish()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    print(peak_memory(torch.device("cpu")) / 2**20)
 
 
 def on_s3(photos: Path, folder: Path, bucket: str, processes: int, count: int) -> None:

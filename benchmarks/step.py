@@ -18,7 +18,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -55,6 +54,7 @@ def measure(case: Case, steps: int) -> dict[str, Any]:
 
     from repae_core.training.distributed import open_group
     from repae_core.training.host_memory import freed_memory_kept
+    from repae_core.training.throughput import peak_memory
 
     torch.set_num_threads(case.threads)
     with freed_memory_kept() if case.kept_memory and case.device == "cpu" else contextlib.nullcontext():
@@ -68,7 +68,7 @@ def measure(case: Case, steps: int) -> dict[str, Any]:
         stepper.timed_step()
         timer.take()
         taken = [(stepper.timed_step(), timer.take()) for _ in range(steps)]
-        memory = _peak_bytes(case)
+        memory = peak_memory(torch.device(case.device))
         peaks.append(measured_peaks(case))
     return {
         "step": statistics.median(seconds for seconds, _ in taken),
@@ -88,14 +88,6 @@ def environment(case: Case) -> dict[str, str]:
 
 def _resident_bytes(case: Case) -> int:
     return psutil.Process().memory_info().rss if case.device == "cpu" else 0
-
-
-def _peak_bytes(case: Case) -> int:
-    if case.device == "cpu":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    import torch
-
-    return torch.cuda.max_memory_allocated()
 
 
 def show(case: Case, got: dict[str, Any]) -> None:

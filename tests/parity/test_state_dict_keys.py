@@ -107,14 +107,15 @@ def test_every_name_follows_the_rule(size, listed, patch, side, channels):
 
 
 FORWARD = """
-import resource, torch
+import torch
 from repae_core.models import build_sit
+from repae_core.training.throughput import peak_memory
 sit = build_sit("SiT-B/1", input_size=16, in_channels=32, num_classes=1000, z_dims=(768,), encoder_depth=8).eval()
 with torch.no_grad():
     x = torch.randn(1, 32, 16, 16)
     velocity, (projection,) = sit(x, torch.rand(1), torch.tensor([3]), with_projections=True)
 assert velocity.shape == x.shape and projection.shape == (1, 256, 768)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+print(peak_memory(torch.device("cpu")) / 2**30)
 """
 
 
