@@ -123,14 +123,19 @@ def open_run(
 def _status_recorded(run: PipelineRun) -> Iterator[None]:
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(StoreError):  # what ended the run is the news
-            _record_status(run, "failed")
+            _record_status(run, how_it_ended(error))
         raise
     _record_status(run, "finished")
 
 
-def _record_status(run: PipelineRun, status: Literal["failed", "finished"]) -> None:
+def how_it_ended(error: BaseException) -> Literal["failed", "cancelled"]:
+    """Prefect's cancel and Ctrl-C are no `Exception`."""
+    return "failed" if isinstance(error, Exception) else "cancelled"
+
+
+def _record_status(run: PipelineRun, status: Literal["failed", "cancelled", "finished"]) -> None:
     run.record = run.record.model_copy(update={"status": status})
     try:
         save_run(run.store, run.record)

@@ -21,7 +21,7 @@ from repae_core.artifacts import Artifact, FileEntry, InputEntry, Lease, LeaseHe
 from repae_core.config import Config, PipelineConfig
 from tasks.decisions import Decision, decide, stale_input
 from tasks.outbox import PROGRAMMING_ERRORS
-from tasks.pipeline_run import PipelineRun
+from tasks.pipeline_run import PipelineRun, how_it_ended
 from tasks.plan import VERSIONS, PlannedStage
 from tasks.ray_launch import FinalError, WorkersFailedError
 from tasks.stage_log import stage_log
@@ -139,9 +139,9 @@ def run_stage(run: PipelineRun, name: str, execute: Execute) -> dict[str, Any]:
     except BaseException as error:
         message = " ".join(str(error).split())[:500] or type(error).__name__
         seconds = time.monotonic() - started
-        failed = record.model_copy(update={"status": "failed", "message": message, "seconds": seconds})
+        ended = record.model_copy(update={"status": how_it_ended(error), "message": message, "seconds": seconds})
         with contextlib.suppress(StoreError):  # the failure itself is the news
-            run.record_stage(name, failed)
+            run.record_stage(name, ended)
         raise
     seconds = time.monotonic() - started
     finished = {"status": "made", "seconds": seconds, "mlflow_run_id": context.tracking.run_id,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 from repae_core.artifacts.artifact import Artifact
@@ -21,6 +22,29 @@ def committed_checkpoints(folder: Artifact) -> list[int]:
             if all(present.get(f"{FOLDER}/{images}/{f['name']}") == f["bytes"] for f in files):
                 whole.append(int(images))
     return sorted(whole)
+
+
+class CommittedFiles:
+    """The files of one committed checkpoint, read as they were committed or not at all."""
+
+    def __init__(self, folder: Artifact, images_seen: int) -> None:
+        self._folder, self._name = folder, f"{FOLDER}/{images_seen}"
+        committed = folder.read_json(f"{self._name}/commit.json")["files"]
+        self._hashes = {file["name"]: file["sha256"] for file in committed}
+
+    def has(self, leaf: str) -> bool:
+        """Whether the checkpoint was committed with this file."""
+        return leaf in self._hashes
+
+    def read(self, leaf: str) -> bytes:
+        """Its bytes; ValueError where they are not those that were committed."""
+        blob = self._folder.read_bytes(f"{self._name}/{leaf}")
+        if hashlib.sha256(blob).hexdigest() != self._hashes[leaf]:
+            raise ValueError(
+                f"{self._folder.uri}/{self._name}/{leaf} is damaged: its sha256 is not the committed one; remove the "
+                f"folder {self._name} to continue from an earlier checkpoint, or --force the stage to start anew"
+            )
+        return blob
 
 
 def commit_checkpoint(folder: Artifact, name: str) -> None:

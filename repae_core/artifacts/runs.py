@@ -18,7 +18,7 @@ class StageRecord(Record):
     """A stage in a run. seconds: of the work, also where an earlier run did it (then status is `skipped`)."""
 
     fingerprint: str
-    status: Literal["pending", "running", "made", "skipped", "failed"]
+    status: Literal["pending", "running", "made", "skipped", "failed", "cancelled"]
     uri: str = ""
     started_at: str = ""
     seconds: float | None = None
@@ -33,7 +33,7 @@ class RunRecord(Record):
     run_id: str
     kind: str
     created_at: str
-    status: Literal["running", "finished", "failed"]
+    status: Literal["running", "finished", "failed", "cancelled"]
     config: dict[str, Any]
     stages: dict[str, StageRecord] = Field(default_factory=dict)
     mlflow_run_id: str | None = None

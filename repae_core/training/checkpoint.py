@@ -18,7 +18,7 @@ from safetensors.torch import save_file as save_safetensors
 from torch import Tensor, nn
 
 from repae_core.artifacts import Artifact
-from repae_core.artifacts.checkpoints import FOLDER
+from repae_core.artifacts.checkpoints import CommittedFiles
 from repae_core.training.state import JointState, LDMState
 
 _FORMER_NAMES = {"gradient_accumulation_steps": "accumulation_steps"}  # in checkpoints that `init_from` may name
@@ -63,10 +63,10 @@ def load_checkpoint(
 
     Raises:
         ValueError: it was written by another number of workers (the discriminator's statistics are theirs) or with
-            other rounding, or has no moving average of the VAE where this run keeps one.
+            other rounding, has no moving average of the VAE where this run keeps one, or is not as it was committed.
     """
-    name = f"{FOLDER}/{images_seen}"
-    record: dict[str, Any] = folder.read_json(f"{name}/state.json")
+    files = CommittedFiles(folder, images_seen)
+    record: dict[str, Any] = json.loads(files.read("state.json"))
     if record["world_size"] not in (None, state.group.world_size):
         raise ValueError(
             f"{folder.uri}: checkpoint {images_seen} was written by {record['world_size']} worker(s), this run has "
@@ -80,12 +80,12 @@ def load_checkpoint(
                 f"it to {theirs}, or --force the stage to start anew"
             )
     for weights, module in named_modules(state).items():
-        if weights == "vae_ema" and not folder.exists(f"{name}/{weights}.safetensors"):
+        if weights == "vae_ema" and not files.has(f"{weights}.safetensors"):
             raise ValueError(f"{folder.uri}: checkpoint {images_seen} has no moving average of the VAE; set "
                              "vae_ema_decay=0, or start anew")  # fmt: skip
-        module.load_state_dict(load_safetensors(folder.read_bytes(f"{name}/{weights}.safetensors")))
+        module.load_state_dict(load_safetensors(files.read(f"{weights}.safetensors")))
     for network, trained in state.networks().items():
-        blob = io.BytesIO(folder.read_bytes(f"{name}/{network}.optimizer.pt"))
+        blob = io.BytesIO(files.read(f"{network}.optimizer.pt"))
         saved = torch.load(blob, map_location="cpu", weights_only=True)
         trained.optimizer.load_state_dict(saved["optimizer"])
         if saved["scaler"]:
@@ -94,7 +94,7 @@ def load_checkpoint(
         if state.lecam is not None and "lecam" in record:
             state.lecam.load_state_dict(record["lecam"])
         if state.group.world_size > 1 and record["world_size"] is not None:
-            buffers = load_safetensors(folder.read_bytes(f"{name}/rank{state.group.rank}.safetensors"))
+            buffers = load_safetensors(files.read(f"rank{state.group.rank}.safetensors"))
             state.discriminator.module.load_state_dict(buffers, strict=False)
     state.step = record["step"]
     return record

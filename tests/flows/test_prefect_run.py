@@ -98,7 +98,7 @@ def test_a_failure_is_one_line_and_exit_code_1(place):
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_run_goes_on_from_the_last_checkpoint(place, how):
+def test_a_killed_run_goes_on_from_the_last_checkpoint(place, how, request):
     """SIGKILL (as by the machine) and Ctrl-C in the middle of train-ldm; what was finished before is not made again."""
     settings = arguments(place, "train_ldm.max_steps=400", "train_ldm.checkpoint_every=10")
     program = [sys.executable, "-m", "flows.cli", "run", *settings]
@@ -107,6 +107,7 @@ def test_a_killed_run_goes_on_from_the_last_checkpoint(place, how):
         process = subprocess.Popen(
             program, env=environment(place), cwd=place, stderr=errors, preexec_fn=hear_interrupts
         )
+    request.addfinalizer(process.kill)
     store = Store(str(place / "store"))
     deadline = time.monotonic() + 250
     while not (found := [Artifact(store, "train-ldm", f) for f in store.folders("train-ldm")]) or not (
@@ -121,6 +122,9 @@ def test_a_killed_run_goes_on_from_the_last_checkpoint(place, how):
     assert not artifact.is_whole()
     before = committed_checkpoints(artifact)
     assert before[-1] < 400 * 8
+    record = list_runs(store)[0]
+    states = (record.status, record.stages["train-ldm"].status)
+    assert states == (("running", "running") if how == signal.SIGKILL else ("cancelled", "cancelled"))
     plan = repae(place, "plan", *settings)
     assert "resume" in plan.stdout
     again = repae(place, "run", *settings)

@@ -7,7 +7,7 @@ from scipy import stats
 
 from repae_core.artifact_models import UNTUNED_VAE
 from repae_core.artifacts import Artifact, Store
-from repae_core.artifacts.checkpoints import committed_checkpoints, resolve_checkpoint
+from repae_core.artifacts.checkpoints import commit_checkpoint, committed_checkpoints, resolve_checkpoint
 from repae_core.config import PipelineConfig
 from repae_core.diffusion import Interpolant
 from repae_core.training.distributed import open_group
@@ -111,15 +111,23 @@ def test_half_written_checkpoints_do_not_count(config, images, tmp_path):
         resolve_checkpoint(out, "48")
 
 
+@pytest.mark.parametrize("leaf", ["ema.safetensors", "sit.optimizer.pt", "state.json"])
+def test_a_damaged_checkpoint_is_refused_by_name(config, images, tmp_path, leaf):
+    out = folder(tmp_path)
+    train(start(config, images, out))
+    content = bytearray(out.read_bytes(f"checkpoints/48/{leaf}"))
+    content[-3] ^= 1
+    out.write_bytes(f"checkpoints/48/{leaf}", bytes(content))
+    with pytest.raises(ValueError, match=rf"checkpoints/48/{leaf} is damaged.*remove the folder checkpoints/48"):
+        train(start(config, images, out))
+
+
 def test_other_number_of_workers_is_refused(config, images, tmp_path):
     out = folder(tmp_path)
     train(start(config, images, out))
     record = out.read_json("checkpoints/48/state.json")
     out.write_json("checkpoints/48/state.json", record | {"world_size": 2})
-    commit = out.read_json("checkpoints/48/commit.json")
-    for file in commit["files"]:
-        file["bytes"] = out.files("checkpoints/48")[file["name"]]
-    out.write_json("checkpoints/48/commit.json", commit)
+    commit_checkpoint(out, "checkpoints/48")
     with pytest.raises(ValueError, match="was written by 2 worker"):
         train(start(config, images, out))
 
