@@ -26,6 +26,8 @@ def prepare_environment() -> None:
         "PREFECT_SERVER_EPHEMERAL_ENABLED": "true",
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        # Kept over a restart of the server: else a training's slot stays taken for ever (tasks.training.training_slot).
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         # The command line prints one line for a failure itself; --debug has the traceback.
         "PREFECT_LOGGING_LEVEL": "CRITICAL",

@@ -14,6 +14,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import psutil
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
+from prefect.client.schemas.objects import StateType
+from prefect.states import Cancelling
 
 from flows.deploy_command import deploy
 from flows.deployments import WORK_POOL
@@ -23,11 +27,12 @@ from repae_core.config.environment import repae_home, store_url
 
 HOST = "127.0.0.1"
 _START_SECONDS = 180.0
+_CANCEL_SECONDS = 40.0  # a cancelled training on a busy machine; a second Ctrl-C does not wait
 _STOP_SECONDS = 20.0
 
 
 def serve(prefect_port: int, mlflow_port: int) -> None:
-    """Start all, deploy, and wait; on Ctrl-C or SIGTERM end what was started, the worker and its runs first.
+    """Start all, deploy, and wait; on Ctrl-C or SIGTERM cancel the runs, then end what was started.
 
     Raises:
         ValueError: a port is taken.
@@ -72,9 +77,27 @@ def serve(prefect_port: int, mlflow_port: int) -> None:
             "  prefect deployment run full-pipeline/dev --watch\nCtrl-C ends all.",
             flush=True,
         )
-        while True:
-            _require_running(running, logs)
-            time.sleep(1)
+        try:
+            while True:
+                _require_running(running, logs)
+                time.sleep(1)
+        except KeyboardInterrupt:
+            _cancel_runs()
+
+
+def _cancel_runs() -> None:
+    """As `prefect flow-run cancel`: a run that is only killed counts as running, and starts again by itself."""
+    under_way = FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING, StateType.CANCELLING])
+    wanted = FlowRunFilter(state=FlowRunFilterState(type=under_way))
+    deadline = time.monotonic() + _CANCEL_SECONDS
+    with get_client(sync_client=True) as client:
+        runs = client.read_flow_runs(flow_run_filter=wanted)
+        for run in runs:
+            print(f"cancelling {run.name}", flush=True)
+            client.set_flow_run_state(run.id, Cancelling())
+        while runs and time.monotonic() < deadline:
+            time.sleep(0.5)
+            runs = client.read_flow_runs(flow_run_filter=wanted)
 
 
 def _require_free(option: str, port: int) -> None:
@@ -87,7 +110,16 @@ def _require_free(option: str, port: int) -> None:
 
 
 def _prefect_server(port: int) -> list[str]:
-    return [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)]
+    program = [
+        sys.executable,
+        "-m",
+        "uvicorn",
+        "--factory",
+        "flows.prefect_server:create_app",
+        "--log-level",
+        "warning",
+    ]
+    return [*program, "--host", HOST, "--port", str(port)]
 
 
 def _mlflow_server(port: int, home: Path) -> list[str]:

@@ -78,7 +78,8 @@ def scores_beside(context: StageContext) -> Iterator[CheckpointScores | None]:
 def training_slot() -> Iterator[None]:
     """A slot of the global concurrency limit that REPAE_TRAINING_LIMIT names, waited for; nothing if it names none.
 
-    Two trainings that share a GPU pool would each wait for workers that the other holds.
+    Two trainings that share a GPU pool would each wait for workers that the other holds. A Prefect server that is away
+    or has forgotten the slot ends no training (`strict` alone would): the second one then waits for its workers.
     """
     limit = os.environ.get("REPAE_TRAINING_LIMIT")
     if not limit:
@@ -87,7 +88,7 @@ def training_slot() -> Iterator[None]:
     from prefect.concurrency.sync import concurrency
 
     logger.info("waiting for a slot of %s", limit)
-    with concurrency(limit, occupy=1, strict=True):
+    with concurrency(limit, occupy=1, strict=True, raise_on_lease_renewal_failure=False):
         yield
 
 

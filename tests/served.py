@@ -62,7 +62,7 @@ def serve(folder: Path) -> Iterator[Served]:
     """Start it as users do; in the end Ctrl-C must leave nothing."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "REPAE_", "RAY_"))}
     env = kept | {"REPAE_HOME": str(folder / "home"), "REPAE_STORE": str(folder / "store")}
-    prefect_port, mlflow_port = str(_free_port()), str(_free_port())
+    prefect_port, mlflow_port = str(free_port()), str(free_port())
     command = [sys.executable, "-m", "flows.cli", "serve", "--prefect-port", prefect_port, "--mlflow-port", mlflow_port]
     log = folder / "serve.log"
     with open(log, "wb") as output:
@@ -97,7 +97,8 @@ def overrides(images: Path, *more: str) -> dict[str, Any]:
     return nested
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody has now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
