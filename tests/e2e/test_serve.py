@@ -3,10 +3,14 @@
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 import served
 import tiny
+
+from repae_core.artifacts import Artifact, Store, list_runs
+from repae_core.artifacts.checkpoints import committed_checkpoints
 
 pytestmark = pytest.mark.slow
 
@@ -48,3 +52,32 @@ def test_pipeline_then_one_stage_from_deployments(tmp_path):
         again = [sys.executable, "-c", "from flows.automations import restart_lost_runs as make; make()"]
         subprocess.run(again, env=server.environment, check=True, timeout=120)
         assert server.ask("automations/filter", {}) == [automation], "an update forgets the runs it waits for"
+
+
+def test_ctrl_c_cancels_what_runs(tmp_path):
+    """Else the next `repae serve` would start it again by itself, and `repae gc` keep what it holds."""
+    images, store = tiny.write_images(tmp_path / "images"), Store(str(tmp_path / "store"))
+    settings = json.dumps(served.overrides(images, "train_repae.max_steps=100000"))
+    with served.serve(tmp_path) as server:
+        command = [
+            sys.executable,
+            "-m",
+            "prefect",
+            "deployment",
+            "run",
+            "full-pipeline/dev",
+            "-p",
+            f"overrides={settings}",
+        ]
+        subprocess.run(command, env=server.environment, check=True, timeout=100)
+        deadline = time.monotonic() + 300
+        while not store.folders("train-repae") or not committed_checkpoints(training(store)):
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+    (run,) = list_runs(store)
+    assert (run.status, run.stages["train-repae"].status) == ("cancelled", "cancelled")
+    assert not training(store).exists("lease.json")
+
+
+def training(store: Store) -> Artifact:
+    return Artifact(store, "train-repae", store.folders("train-repae")[0])
