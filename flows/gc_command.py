@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.table import Table
 
 from flows.inspect_command import open_store
-from repae_core.artifacts import find_garbage, list_runs, remove
+from repae_core.artifacts import Garbage, find_garbage, list_runs, remove
 from repae_core.config import STAGES, load_config
 
 
@@ -40,11 +42,17 @@ def collect_garbage(days: float, keep_runs: int, delete: bool, store: str, *, ot
     for entry in garbage:
         table.add_row("/".join(entry.name), f"{entry.bytes / 1e6:,.1f}", entry.reason)
     console.print(table)
-    size = f"{len(garbage)} artifacts, {sum(entry.bytes for entry in garbage) / 1e6:,.1f} MB"
     if not delete:
-        console.print(f"{size} would be freed; `repae gc --delete` with the same options removes them")
+        console.print(f"{_size(garbage)} would be freed; `repae gc --delete` with the same options removes them")
         return
+    freed = []
     for entry in garbage:
-        if not remove(opened, entry):
+        if remove(opened, entry):
+            freed.append(entry)
+        else:
             console.print(f"{'/'.join(entry.name)}: kept, somebody has begun to write it")
-    console.print(f"{size} freed")
+    console.print(f"{_size(freed)} freed")
+
+
+def _size(garbage: Sequence[Garbage]) -> str:
+    return f"{len(garbage)} artifacts, {sum(entry.bytes for entry in garbage) / 1e6:,.1f} MB"

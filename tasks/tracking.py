@@ -137,11 +137,11 @@ class Tracker:
         return f"models:/{name}/{version.version}"
 
     def registered_artifacts(self) -> set[str]:
-        """URIs of the artifacts behind all registered model versions."""
+        """URIs of the artifacts behind all registered model versions, whatever the models are called by now."""
         found: set[str] = set()
         token = None
         while True:
-            page = self.client.search_model_versions("name LIKE 'repae-%'", page_token=token)
+            page = self.client.search_model_versions(page_token=token)
             found |= {version.tags["artifact"] for version in page if "artifact" in version.tags}
             token = page.token
             if not token:

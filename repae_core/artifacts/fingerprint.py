@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,3 +17,8 @@ def fingerprint(payload: Mapping[str, Any]) -> str:
     """
     text = json.dumps(payload, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def is_fingerprint(name: str) -> bool:
+    """Whether a folder's name has the form of a fingerprint."""
+    return re.fullmatch("[0-9a-f]{16}", name) is not None

@@ -61,6 +61,22 @@ def temporary_beside(path: str) -> Iterator[tuple[str, IO[bytes]]]:
             os.unlink(scratch)
 
 
+def newest_change(base: str, besides: str) -> float | None:
+    """Latest `changed_at` of the files below a folder not named `besides`; of an empty folder, its own."""
+    walked = [os.path.join(folder, name) for folder, _, names in os.walk(base) for name in names]
+    times = []
+    for path in [path for path in walked if os.path.basename(path) != besides] or ([] if walked else [base]):
+        with contextlib.suppress(FileNotFoundError):
+            times.append(changed_at(path))
+    return max(times, default=None)
+
+
+def changed_at(path: str) -> float:
+    """When a file came here or changed: a copy may keep the mtime of what it was made from, but not its ctime."""
+    status = os.lstat(path)
+    return max(status.st_mtime, status.st_ctime)
+
+
 def walk_files(base: str) -> Iterator[tuple[str, int]]:
     """(name relative to the folder, bytes) of every finished file below it, sorted within each folder."""
     for folder, folders, names in os.walk(base):

@@ -10,13 +10,22 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from repae_core.artifacts.local_files import TEMPORARY, HashingWriter, read_local_range, temporary_beside, walk_files
+from repae_core.artifacts.local_files import (
+    TEMPORARY,
+    HashingWriter,
+    newest_change,
+    read_local_range,
+    temporary_beside,
+    walk_files,
+)
 
 T = TypeVar("T")
 _CHECK_SECONDS = 15.0
@@ -147,6 +156,20 @@ class Store:
         # S3 servers also list markers of folders.
         files = {name: info for name, info in sorted(found.items()) if info["type"] == "file" and name != base}
         return {name[len(base) + 1 :]: int(info["size"]) for name, info in files.items()}
+
+    def last_change(self, prefix: str, *, besides: str = "") -> datetime | None:
+        """When the newest file below a folder, not named `besides`, was written; None if there is none."""
+        base = self._path(prefix)
+        if self.is_local:
+            seconds = newest_change(base, besides)
+            return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
+        found = self._try(prefix, lambda: self.fs.find(base, detail=True))
+        times = [  # S3's listing says it; others are asked for each file
+            info.get("LastModified") or self._try(prefix, partial(self.fs.modified, name))
+            for name, info in found.items()
+            if info["type"] == "file" and name.rsplit("/", 1)[-1] != besides
+        ]
+        return max(times, default=None)
 
     def folders(self, prefix: str) -> list[str]:
         """Names of the folders directly below a folder, sorted."""

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import uuid
 from pathlib import Path
 
@@ -35,6 +36,8 @@ def test_store(bucket):
     store.check()
     assert store.create("a/lease.json", b"one")
     assert not store.create("a/lease.json", b"two")
+    assert store.last_change("a", besides="lease.json") is None
+    assert abs(store.last_change("a").timestamp() - time.time()) < 60  # aware, or it would be off by hours
     assert store.read_bytes("a/lease.json") == b"one"
     with store.writer("a/b/big.bin") as stream:
         for _ in range(3):

@@ -8,7 +8,8 @@ import pytest
 import tiny
 from PIL import Image
 
-from flows import cli
+from flows import cli, gc_command
+from repae_core.artifacts import remove
 from repae_core.config import STAGES
 
 COMMANDS = ["run", "stage", "plan", "runs", "report", "verify", "ablation", "import", "export", "doctor"]
@@ -176,16 +177,36 @@ def test_doctor(call, tmp_path):
     assert "REPAE_STORE" in out
 
 
-def test_gc_shows_first_and_removes_when_told(call, finished):
-    store = finished.store.url
-    code, out, _ = call("gc", "--store", store, "--days", "0", "--keep-runs", "1")
+@pytest.fixture
+def no_models(monkeypatch, tmp_path):
+    """An MLflow without registered models; the runs' own knows those of `original`, which name a copy's, too."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/none.db")
+    return "--other-mlflow"
+
+
+def test_gc_shows_first_and_removes_when_told(call, finished, no_models):
+    options = ("gc", "--store", finished.store.url, no_models, "--days", "0", "--keep-runs")
+    code, out, _ = call(*options, "1")
     assert (code, "0 artifacts" in out) == (0, True)
-    code, out, _ = call("gc", "--store", store, "--days", "0", "--keep-runs", "0")
+    code, out, _ = call(*options, "0")
     assert "7 artifacts" in out
     assert all(finished.artifact(stage).is_whole() for stage in STAGES)
-    assert call("gc", "--store", store, "--days", "0", "--keep-runs", "0", "--delete")[0] == 0
+    assert call(*options, "0", "--delete")[0] == 0
     assert all(not finished.store.folders(stage) for stage in STAGES)
-    assert call("gc", "--store", store, "--days", "-1")[0] == 2
+    assert call("gc", "--store", finished.store.url, "--days", "-1")[0] == 2
+
+
+def test_gc_tells_what_it_really_freed(call, finished, monkeypatch, no_models):
+    sizes = {stage: sum(finished.artifact(stage).files().values()) for stage in STAGES}
+    kept = finished.artifact("preprocess")
+    monkeypatch.setattr(
+        gc_command, "remove", lambda store, entry: entry.name.stage != "preprocess" and remove(store, entry)
+    )
+    options = ("--store", finished.store.url, no_models, "--days", "0", "--keep-runs", "0", "--delete")
+    code, out, _ = call("gc", *options)
+    freed = (sum(sizes.values()) - sizes["preprocess"]) / 1e6
+    assert (code, kept.is_whole()) == (0, True)
+    assert f"6 artifacts, {freed:,.1f} MB freed" in out
 
 
 def test_gc_refuses_an_mlflow_that_may_not_know_the_models(call, original, monkeypatch, tmp_path):
@@ -206,12 +227,14 @@ def test_a_store_that_is_not_there_is_neither_made_nor_called_sound(call, tmp_pa
     assert not (tmp_path / "mistyped").exists()
 
 
-def test_gc_keeps_what_registered_models_were_made_from(call, original, monkeypatch):
+def test_gc_keeps_what_registered_models_were_made_from(call, original, monkeypatch, tmp_path):
     monkeypatch.setenv("REPAE_HOME", str(Path(original.store.url).parent / "home"))
-    code, out, _ = call("gc", "--store", original.store.url, "--days", "0", "--keep-runs", "0")
-    assert code == 0
-    listed = {stage for stage in STAGES if f"{stage}/" in out}
-    assert listed == {"generate", "evaluate"}
+    (tmp_path / "link").symlink_to(original.store.url)
+    for store in (original.store.url, str(tmp_path / "link")):
+        code, out, _ = call("gc", "--store", store, "--days", "0", "--keep-runs", "0")
+        assert code == 0
+        listed = {stage for stage in STAGES if f"{stage}/" in out}
+        assert listed == {"generate", "evaluate"}
 
 
 def test_inception_without_its_weights_is_refused_before_any_work(call, tmp_path):

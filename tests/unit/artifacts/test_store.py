@@ -1,5 +1,7 @@
 import os
+import time
 import uuid
+from datetime import UTC, datetime
 
 import pytest
 
@@ -27,6 +29,21 @@ def test_round_trip(store):
     assert store.folders("a") == ["c"]
     assert store.files("nothing") == {}
     assert store.folders("nothing") == []
+
+
+def test_last_change_is_of_the_newest_file_and_a_copy_with_old_times_is_new(store):
+    assert store.last_change("f") is None
+    before = datetime.now(UTC).timestamp() - 1  # the file system's clock is coarse
+    store.write_bytes("f/old", b"x")
+    if store.is_local:
+        os.utime(f"{store.root}/f/old", (0, 0))
+    changed = store.last_change("f")
+    assert before <= changed.timestamp() <= time.time()
+    time.sleep(0.05)
+    store.write_bytes("f/lease.json", b"x")
+    assert store.last_change("f", besides="lease.json") == changed
+    store.write_bytes("f/g/new", b"x")
+    assert store.last_change("f", besides="lease.json") > changed
 
 
 def test_delete(store):

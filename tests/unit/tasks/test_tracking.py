@@ -56,3 +56,13 @@ def test_an_unreachable_server_is_one_line(monkeypatch, home):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(ConnectionError, match=r"MLflow at http://127\.0\.0\.1:1: .*"):
         Tracker("test")
+
+
+def test_registered_artifacts_are_known_under_any_models_name(home, artifact):
+    tracker = Tracker("test")
+    with tracker.pipeline_run("first", {}) as run:
+        tracker.register_model(run, "repae-sit", {"x.json": b"{}"}, {"artifact": "/store/train-ldm/1"})
+        tracker.register_model(run, "repae-vae", {"x.json": b"{}"}, {"artifact": "/store/extract-vae/2"})
+        tracker.register_model(run, "of-somebody-else", {"x.json": b"{}"}, {})
+    tracker.client.rename_registered_model("repae-sit", "our best")
+    assert tracker.registered_artifacts() == {"/store/train-ldm/1", "/store/extract-vae/2"}
