@@ -28,7 +28,7 @@ def full_pipeline(
     """Preprocess, joint training, VAE extraction, latent cache, latent training, generation, evaluation.
 
     Args:
-        preset: Preset, or the path of a saved config.
+        preset: One of the presets in the list; the overrides change it.
         overrides: Fields to change; empty = as in the preset.
         force: Stages to run even if their artifact exists, separated by commas; what follows runs too.
     """

@@ -22,7 +22,7 @@ from repae_core.config.presets import merge
 
 Preset = Annotated[
     str,
-    Field(description="Preset (or the path of a saved config)", json_schema_extra={"enum": list(preset_names())}),
+    Field(description="Preset, which the overrides change", json_schema_extra={"enum": list(preset_names())}),
 ]
 
 _NAME_LENGTH = 120
@@ -97,6 +97,9 @@ def _given(overrides: BaseModel) -> dict[str, Any]:
 
 def flow_config(preset: str, overrides: BaseModel | None) -> PipelineConfig:
     """The frozen config of a flow run; the store is the one in force (REPAE_STORE wins).
+
+    `preset` may be the path of a saved config where the flow is called from Python: deployments, whose schema lists
+    the presets, refuse it.
 
     Raises:
         ValueError: one line naming the field at fault.

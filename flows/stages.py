@@ -54,7 +54,7 @@ def stage_flow(stage: str) -> Flow[..., dict[str, Any]]:
     run.__doc__ = f"""{STAGE_TASKS[stage].__doc__}
 
     Args:
-        preset: Preset, or the path of a saved config.
+        preset: One of the presets in the list; the overrides change it.
         overrides: Fields to change; empty = as in the preset.
         inputs: `latest` (newest model, latents or samples, with what they were made from), `auto` (what this config
             makes), or role=reference pairs separated by commas.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,21 @@ ROOT = Path(__file__).resolve().parents[1]
 BUCKETS = ("repae", "mlflow")
 
 
+def _settings(text: str) -> Iterator[tuple[str, str]]:
+    """Name and value of each line, without the quotes that Docker Compose takes off, too."""
+    for line in text.splitlines():
+        name, equals, value = line.strip().partition("=")
+        if equals and not name.startswith("#"):
+            value = value.strip()
+            quoted = len(value) >= 2 and value[0] == value[-1] and value[0] in "'\""
+            yield name.removeprefix("export ").strip(), value[1:-1] if quoted else value
+
+
 class Stack:
     """Its commands, settings and services.
 
     compose: the command of Docker Compose. variables: `.env`, and whatever the caller's environment sets instead.
+    written: the names in `.env`; the caller's environment holds much that is none of the stack's.
     """
 
     def __init__(self, compose: str) -> None:
@@ -23,16 +36,25 @@ class Stack:
             raise SystemExit(
                 f"{ROOT / '.env'} is missing: `make stack` makes it, and a backup needs the one of its time"
             )
-        lines = (ROOT / ".env").read_text().splitlines()
-        self.variables = dict(line.split("=", 1) for line in lines if "=" in line) | os.environ
+        self.variables = dict(_settings((ROOT / ".env").read_text()))
+        self.written = frozenset(self.variables)
+        self.variables |= os.environ
 
     def url(self, service: str, port: int) -> str:
         """Address of prefect, mlflow or s3, whose usual port that is."""
         return f"http://127.0.0.1:{self.variables.get(f'{service.upper()}_PORT', port)}"
 
-    def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """A command's result; CalledProcessError when it fails, unless `check` is off."""
-        return subprocess.run(command, cwd=ROOT, check=check, capture_output=True, text=True, timeout=300)
+    def prefect_headers(self) -> dict[str, str]:
+        """What Prefect's API asks for: nothing, or the optional password of `.env`."""
+        names = ("PREFECT_API_AUTH_STRING", "PREFECT_SERVER_API_AUTH_STRING")
+        given = next((self.variables[name] for name in names if self.variables.get(name)), "")
+        return {"Authorization": f"Basic {base64.b64encode(given.encode()).decode()}"} if given else {}
+
+    def run(self, *command: str, check: bool = True, given: str | None = None) -> subprocess.CompletedProcess[str]:
+        """A command's result; CalledProcessError when it fails, unless `check` is off. given: its standard input."""
+        return subprocess.run(
+            command, cwd=ROOT, check=check, capture_output=True, text=True, errors="replace", timeout=300, input=given
+        )
 
     def exec(self, service: str, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
         """A command inside a service's container, whether it fails or not."""

@@ -17,6 +17,8 @@ SECRETS = (
 
 def main(path: Path) -> None:
     """Add what is missing; values are hex, so they need no quoting in URLs."""
+    if path.exists():
+        path.chmod(0o600)  # what an editor or an older copy has made readable, before secrets come in
     text = path.read_text() if path.exists() else ""
     known = {line.split("=", 1)[0] for line in text.splitlines() if "=" in line}
     added = "".join(f"{name}={secrets.token_hex(24)}\n" for name in SECRETS if name not in known)

@@ -82,6 +82,17 @@ def test_a_form_that_nobody_filled_is_accepted(name):
     jsonschema.validate({field: p["default"] for field, p in schema["properties"].items()}, schema)
 
 
+@pytest.mark.parametrize("name", list(FLOWS))
+def test_the_form_offers_no_path(name):
+    """Deployments refuse what is not in the list of presets."""
+    file, _, variable = FLOWS[name].partition(":")
+    module = __import__(file.removesuffix(".py").replace("/", "."), fromlist=[variable])
+    flow = getattr(module, variable)
+    preset = parameter_schema(flow).model_dump()["properties"]["preset"]
+    assert preset["enum"] == list(preset_names())
+    assert "path" not in preset["description"]
+
+
 def test_a_null_is_a_value():
     assert flow_config("quickstart", Overrides()).generate.steps is not None
     assert flow_config("quickstart", Overrides.model_validate({"generate": {"steps": None}})).generate.steps is None

@@ -74,6 +74,12 @@ def test_secrets_are_made_once_and_are_the_owners(environment_file):
     again = dict(line.split("=", 1) for line in environment_file.read_text().splitlines())
     assert again["RAY_AUTH_TOKEN"] == "mine"
     assert set(again) == set(values)
+    for path in ("known", "new"):
+        file = environment_file.with_name(path)
+        file.write_text(before if path == "known" else "PREFECT_PORT=4201\n")
+        file.chmod(0o644)
+        subprocess.run([sys.executable, ROOT / "infra" / "make_env.py", file], check=True)
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600, "one that was readable by all is so no more"
     ignored = (ROOT / ".gitignore").read_text().splitlines()
     assert ".env" in ignored
     assert (ROOT / ".dockerignore").read_text().startswith("*\n")
