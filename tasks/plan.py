@@ -23,7 +23,7 @@ VERSIONS = {
     "cache-latents": 4,
     "train-ldm": 2,
     "generate": 2,
-    "evaluate": 3,
+    "evaluate": 4,
 }
 
 

@@ -57,6 +57,13 @@ def test_any_number_of_workers_and_a_stop_give_the_same_scores(finished):
     assert evaluate(finished, "stopped") == one
 
 
+def test_lossless_reconstructions_keep_the_scores_valid_json(finished, monkeypatch):
+    monkeypatch.setattr("repae_core.stages.evaluation_parts.reconstruct", lambda vae, originals, *_, **__: originals)
+    scores = evaluate(finished, "lossless")
+    json.dumps(scores, allow_nan=False)
+    assert scores["rows"]["reconstructions"]["psnr"] == pytest.approx(10 * np.log10(255**2 * 3 * 32 * 32))
+
+
 def test_another_batch_size_changes_only_last_bits(finished):
     close(evaluate(finished, "two", batch_size=2), evaluate(finished, "all", batch_size=100), rel=1e-3)
 
