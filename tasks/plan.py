@@ -22,7 +22,7 @@ VERSIONS = {
     "extract-vae": 1,
     "cache-latents": 4,
     "train-ldm": 2,
-    "generate": 2,
+    "generate": 3,
     "evaluate": 4,
 }
 
