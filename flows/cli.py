@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -265,6 +266,11 @@ def is_bad_input(error: BaseException) -> bool:
 
 
 def _one_line(error: BaseException) -> str:
+    if type(error).__name__ == "ObjectNotFound" and not os.environ.get("PREFECT_API_URL"):
+        return (
+            "Prefect's temporary server does not know this run (on a busy machine it may have been ended, or another "
+            "have taken its port): run again to continue"
+        )
     text = " ".join(str(error).split()) or type(error).__name__
     return text if isinstance(error, (ValueError, OSError, RuntimeError)) else f"{type(error).__name__}: {text}"
 

@@ -92,15 +92,15 @@ def step_points(config: PipelineConfig, samplers: Sequence[str], steps: Sequence
 
 
 def collect(grids: dict[str, list[Point]], scored: dict[Point, dict[str, Any]]) -> dict[str, Any]:
-    """`sweep.json`: the points of each grid with their scores, and the best guidance."""
+    """`sweep.json`: the points of each grid with their scores, and the best of all."""
     first = next(iter(scored.values()))
     name = first["distance"]
     rows = {
         grid: [point._asdict() | scored[point]["scores"] | {"samples": scored[point]["samples"]} for point in points]
         for grid, points in grids.items()
     }
-    ranked = sorted(rows["guidance"] or rows["steps"], key=lambda row: row[name])
-    return {"distance": name, "images": first["scores"]["images"], **rows, "best": ranked[0]}
+    best = min(itertools.chain.from_iterable(rows.values()), key=lambda row: row[name])
+    return {"distance": name, "images": first["scores"]["images"], **rows, "best": best}
 
 
 def vae_rows(metrics: dict[str, Any]) -> list[dict[str, Any]]:
@@ -194,7 +194,8 @@ def _cell(row: dict[str, Any] | None, result: dict[str, Any]) -> str:
     if row is None:
         return ""
     text = f"{row[result['distance']]:.3f}"
-    return f"[bold]{text} *[/bold]" if row is result["best"] else text
+    # A point of both grids is marked in both tables.
+    return f"[bold]{text} *[/bold]" if row["samples"] == result["best"]["samples"] else text
 
 
 def _text(value: Any) -> str:

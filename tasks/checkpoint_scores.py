@@ -118,6 +118,8 @@ def checkpoint_scores(context: StageContext) -> CheckpointScores | None:
         if not images.is_whole():
             logger.warning("no scores: the preprocessed images %s are not in the store", images.uri)
             return None
+    if guide := context.config.generate.guide:
+        logger.warning("scores of checkpoints are without guidance: generate.guide=%s is another model", guide)
     return CheckpointScores(context, images)
 
 

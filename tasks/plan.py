@@ -22,8 +22,8 @@ VERSIONS = {
     "extract-vae": 1,
     "cache-latents": 4,
     "train-ldm": 2,
-    "generate": 2,
-    "evaluate": 3,
+    "generate": 3,
+    "evaluate": 4,
 }
 
 

@@ -116,7 +116,7 @@ def _curves(artifact: Artifact, groups: tuple[tuple[str, ...], ...]) -> str | No
 
 
 def _spectra(latents: dict[str, Any]) -> str | None:
-    """Power of each VAE's latents against frequency, and the share of variance in each principal component."""
+    """Each VAE's latents: power against frequency, share of variance a component, mean and std a channel; SVG."""
     if not latents:
         return None
     import matplotlib as mpl
@@ -124,13 +124,18 @@ def _spectra(latents: dict[str, Any]) -> str | None:
     mpl.use("svg")
     from matplotlib import pyplot as plt
 
-    figure, (power, shares) = plt.subplots(1, 2, figsize=(8.4, 2.8), layout="constrained")
-    for name, numbers in latents.items():
+    figure, axes = plt.subplots(1, 3, figsize=(12.6, 2.8), layout="constrained")
+    power, shares, channels = axes
+    for place, (name, numbers) in enumerate(latents.items()):
         power.semilogy(range(1, len(numbers["spectrum"])), numbers["spectrum"][1:], label=name, linewidth=1.2)
         shares.plot(range(1, len(numbers["principal_share"]) + 1), numbers["principal_share"], ".-", label=name)
+        # A little aside, so that the bars of two VAEs do not hide each other.
+        numbered = [channel + 0.2 * place for channel in range(len(numbers["mean"]))]
+        channels.errorbar(numbered, numbers["mean"], yerr=numbers["std"], fmt=".", capsize=2, label=name)
     power.set(xlabel="spatial frequency, cycles an image", ylabel="power (white noise = 1)")
     shares.set(xlabel="principal component", ylabel="share of variance")
-    for axis in (power, shares):
+    channels.set(xlabel="latent channel", ylabel="mean ± std")
+    for axis in axes:
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     return _svg(figure)

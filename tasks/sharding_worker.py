@@ -188,6 +188,7 @@ def sample_work(config: PipelineConfig, inputs: Mapping[str, Artifact], out: Art
 def sample_generator(config: PipelineConfig, inputs: Mapping[str, Artifact]) -> Generator:
     """The networks and sampler of `generate`."""
     from repae_core.generation.load import build_generator
+    from repae_core.stages.generate import sampler_settings
 
     section = config.generate
     return build_generator(
@@ -196,13 +197,7 @@ def sample_generator(config: PipelineConfig, inputs: Mapping[str, Artifact]) -> 
         weights=section.weights,
         guide_checkpoint=section.guide_checkpoint,
         guide_weights=section.guide_weights,
-        sampler=section.sampler,
-        steps=section.sampler_steps,
-        guidance=section.guidance,
-        interval=section.guidance_interval,
-        rounding=section.rounding,
-        mixed_precision=section.mixed_precision,
-        bn_inverse_without_eps=config.compat.bn_inverse_without_eps,
+        **sampler_settings(config),
     )
 
 

@@ -175,7 +175,9 @@ class EvaluateConfig(Config):
     perceptual_weights: tuple[str, ...] = output(
         (), "One backbone file a perceptual distance (torchvision layout); empty = the hub's", content=True
     )
-    untrained_baseline: bool = output(False, "Also score samples of an untrained SiT (same size, sampler and VAE)")
+    untrained_baseline: bool = output(
+        False, "Also score an untrained SiT: decoded noise, same VAE and labels (Euler, truncate)"
+    )
     latent_images: int = output(64, "Images whose latents are analysed before and after tuning; 0 = none", ge=0)
     neighbour_samples: int = output(
         10, "Samples whose nearest real images are shown, where features of these are kept; 0 = none", ge=0

@@ -34,7 +34,7 @@ def ode_sample(
 
     heun: trapezoidal corrector, skipped on the last step; it is guided as its predictor was.
     guidance: v_u + g (v_c - v_u) where interval[0] <= t <= interval[1], t being the start of the step; elsewhere, and
-    at g = 1, only v_c is computed; at g = 0 only v_u.
+    at g = 1, only v_c is computed; at g = 0 only v_u (or the guide).
     guide: a second model in place of the unconditional half (autoguidance).
     """
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
@@ -122,8 +122,9 @@ class _Guided:
         on = self.guidance != 1.0 and low <= float(t_cur) <= high
         if not on:
             return self.drift(self._call(self.velocity, x, t, self.y), x, t)
-        if self.guidance == 0.0 and self.guide is None:
-            return self.drift(self._call(self.velocity, x, t, self.null), x, t)
+        if self.guidance == 0.0:  # nothing of the conditional half is left
+            weaker = self._call(self.guide, x, t, self.y) if self.guide else self._call(self.velocity, x, t, self.null)
+            return self.drift(weaker, x, t)
         if self.guide is not None:
             v_c, v_u = self._call(self.velocity, x, t, self.y), self._call(self.guide, x, t, self.y)
         else:

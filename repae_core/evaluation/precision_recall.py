@@ -37,7 +37,7 @@ def _radii(features: Tensor, neighbours: int) -> Tensor:
 
 def _share_inside(points: Tensor, centres: Tensor, radii: Tensor) -> float:
     inside = [(_distances(chunk, centres) <= radii).any(dim=1) for chunk in points.split(_CHUNK)]
-    return float(torch.cat(inside).float().mean())
+    return float(torch.cat(inside).double().mean())
 
 
 def _distances(a: Tensor, b: Tensor) -> Tensor:

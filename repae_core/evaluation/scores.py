@@ -60,7 +60,7 @@ def score_samples(
 
 def class_accuracy(logits: Tensor, labels: Tensor) -> float:
     """Share of images whose largest logit is the class they were asked for."""
-    return float((logits.argmax(dim=1) == labels).float().mean())
+    return float((logits.argmax(dim=1) == labels).double().mean())
 
 
 def batches_of(pixels: np.ndarray, batch_size: int) -> Iterator[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from repae_core.evaluation import (
     score_samples,
 )
 from repae_core.generation import Generator, SamplerSettings, sample_labels
+from repae_core.stages.generate import sampler_settings
 
 REFERENCE_IMAGES = 10_000  # at most so many real images, the same in every score of a run
 
@@ -41,6 +43,8 @@ def score_checkpoint(
 ) -> dict[str, float]:
     """Samples of the moving average, with `generate`'s sampler settings, scored in `evaluate`'s features.
 
+    Labels are equal. With an autoguidance guide there is no guidance here: the guide is another model.
+
     vae: the frozen one of latent-only training; None: the checkpoint's own. A joint SiT takes its running latent
     statistics here (`extract-vae` measures them), so the last score and `evaluate`'s differ a little, by count too.
 
@@ -51,9 +55,9 @@ def score_checkpoint(
     extractor = build_extractor(section.extractor, section.extractor_weights or None).to(device)
     reference = _reference(ImageShards(images), extractor, seed=config.seed, batch_size=section.batch_size)
     sit, record = load_sit(training, str(images_seen))
-    settings = SamplerSettings(
-        chosen.sampler, chosen.sampler_steps, chosen.guidance, chosen.guidance_interval, path=record["path"]
-    )
+    settings = SamplerSettings(**sampler_settings(config), path=record["path"])
+    if chosen.guide:  # may not be there yet, or not fit the model of this stage
+        settings = dataclasses.replace(settings, guidance=1.0)
     decoder = load_vae(vae) if vae is not None else load_checkpoint_vae(training, images_seen)
     generator = Generator(sit, decoder, settings).to(device)
     labels = torch.from_numpy(sample_labels("equal", count, sit.num_classes, config.seed))

@@ -42,7 +42,13 @@ from repae_core.stages.evaluation_parts import (
     read_parts,
 )
 from repae_core.stages.evaluation_protocol import provenance, table
-from repae_core.stages.latent_pictures import analyse_latents, memorised, nearest_neighbours, neighbour_picture
+from repae_core.stages.latent_pictures import (
+    analyse_latents,
+    memorised,
+    nearest_distances,
+    nearest_neighbours,
+    neighbour_picture,
+)
 from repae_core.stages.sample_shards import SampleShards
 
 logger = logging.getLogger("repae_core")
@@ -241,8 +247,8 @@ class Evaluation:
             generated = joined_features(read_parts(work, "generated")).features
             indices, distances = nearest_neighbours(samples, generated, reference.features, count=5)
             self.out.write_bytes("neighbours.png", neighbour_picture(samples, self._real_images(indices)))
-            everyone = torch.cdist(generated.double(), reference.features.double()).min(dim=1).values
-            found["neighbours"] = memorised(everyone, reference.features) | {
+            everyone = nearest_distances(generated, reference.features, device=self._device())
+            found["neighbours"] = memorised(everyone, reference.features, device=self._device()) | {
                 "real_images": len(reference.features), "of_samples": distances.tolist()
             }  # fmt: skip
         return found

@@ -211,7 +211,7 @@ def _untrained(work: EvaluationWork, part: Part, batch_size: int, device: torch.
         torch.manual_seed(work.seed)
         sit = SiT(**work.info["sit"])
     sit.set_latent_stats(scale=torch.tensor(work.info["scale"]), bias=torch.tensor(work.info["bias"]))
-    # Its output layer starts at zero, so its velocity is zero and neither steps nor guidance change the result.
+    # Its output layer starts at zero, so its velocity is zero: by an ODE neither steps nor guidance change the noise.
     generator = Generator(sit.to(device), work.vaes["after"], SamplerSettings(steps=_UNTRAINED_STEPS))
     gathered = _Gathered(work.extractor)
     for start in range(part.start, part.stop, batch_size):

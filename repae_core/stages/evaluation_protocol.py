@@ -158,7 +158,8 @@ def _notes(work: EvaluationWork, rows: dict[str, Scores]) -> list[str]:
         held = int(rows["real"]["images"])
         notes.append(f"real: {held:,} real images against other real ones; no model can be asked for less.")
     if "untrained" in rows:
-        notes.append("untrained: a SiT of the same size with fresh weights, same VAE, labels and noise.")
+        notes.append("untrained: a SiT of the same size with fresh weights, so decoded noise (same VAE, labels and "
+                     "noise; Euler, truncate).")  # fmt: skip
     if "reconstructions" in rows:
         notes.append("reconstructions: against the same originals, rounded to uint8; before: the VAE that joint "
                      "training started from.")  # fmt: skip

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from repae_core.artifacts import Artifact, FileEntry
+from repae_core.config import PipelineConfig
 from repae_core.data import work_share
 from repae_core.evaluation.grids import png_bytes
 from repae_core.generation import Generator, sample_labels
@@ -123,6 +124,20 @@ class _Batches:
             images = self.generator.sample(labels, seed=self.work.seed, first=start, progress=step)
             self._newest = j, images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
         return self._newest[1]
+
+
+def sampler_settings(config: PipelineConfig) -> dict[str, Any]:
+    """Fields of `SamplerSettings` as `generate` has them; the path is the checkpoint's."""
+    section = config.generate
+    return {
+        "sampler": section.sampler,
+        "steps": section.sampler_steps,
+        "guidance": section.guidance,
+        "interval": section.guidance_interval,
+        "rounding": section.rounding,
+        "mixed_precision": section.mixed_precision,
+        "bn_inverse_without_eps": config.compat.bn_inverse_without_eps,
+    }
 
 
 def describe_generator(generator: Generator) -> dict[str, Any]:

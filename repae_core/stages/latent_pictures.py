@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from repae_core.evaluation.grids import image_grid, png_bytes
 from repae_core.models import KLVAE
+
+_CHUNK = 2048  # rows of a distance matrix at once
 
 
 @torch.no_grad()
@@ -84,9 +85,35 @@ def nearest_neighbours(samples: Tensor, features: Tensor, real: Tensor, *, count
 
     features: those of all samples [M,D]; queries are its first Q rows.
     """
-    distances = torch.cdist(features[: len(samples)].double(), real.double())
-    found = distances.topk(min(count, len(real)), dim=1, largest=False)
-    return found.indices, found.values
+    return _nearest(features[: len(samples)], real, min(count, len(real)))
+
+
+def nearest_distances(
+    features: Tensor, real: Tensor, *, itself: bool = False, device: torch.device | None = None
+) -> Tensor:
+    """Distance [Q], float64, of each of `features` [Q,D] to the nearest of `real` [N,D]; computed on `device`.
+
+    itself: `features` are the first Q rows of `real`, and row i is no neighbour of its own; an equal one elsewhere is.
+    """
+    return _nearest(features, real, 1, itself=itself, device=device)[1][:, 0]
+
+
+def _nearest(
+    features: Tensor, real: Tensor, count: int, *, itself: bool = False, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
+    """Numbers and distances [Q,count] of the nearest rows of `real`, in parts: 50,000 x 10,000 distances are 4 GB."""
+    real, numbers, values = real.to(device, torch.float64), [], []
+    for start in range(0, len(features), _CHUNK):
+        part = features[start : start + _CHUNK].to(device, torch.float64)
+        # Without the matrix-product shortcut, whose rounding puts an image at a distance from itself and its copies.
+        distances = torch.cdist(part, real, compute_mode="donot_use_mm_for_euclid_dist")
+        if itself:
+            rows = torch.arange(len(part), device=device)
+            distances[rows, start + rows] = torch.inf
+        found = distances.topk(count, dim=1, largest=False)
+        numbers.append(found.indices.cpu())
+        values.append(found.values.cpu())
+    return torch.cat(numbers), torch.cat(values)
 
 
 def neighbour_picture(samples: Tensor, neighbours: Tensor) -> bytes:
@@ -100,14 +127,15 @@ def neighbour_picture(samples: Tensor, neighbours: Tensor) -> bytes:
     )
 
 
-def memorised(sample_distances: Tensor, real: Tensor, *, most: int = 2000) -> dict[str, float]:
+def memorised(
+    sample_distances: Tensor, real: Tensor, *, most: int = 2000, device: torch.device | None = None
+) -> dict[str, float | None]:
     """How near samples are to real images, against how near real images are to each other.
 
-    sample_distances: nearest distances [Q]; real: features [N,D], the first `most` of which are compared. A ratio
-    well below 1 says that samples are closer to training images than these are to one another.
+    sample_distances: nearest distances [Q]; real: features [N,D], of which the first `most` are compared with all
+    others. A ratio well below 1 says that samples are closer to training images than these are to one another; None
+    where most real images have a copy among themselves.
     """
-    some = real[:most].double()
-    among = torch.cdist(some, real.double())
-    among[among < 1e-9] = np.inf  # itself
-    typical, nearest = float(among.min(dim=1).values.median()), float(sample_distances.median())
-    return {"sample_to_real": nearest, "real_to_real": typical, "ratio": nearest / typical if typical else 0.0}
+    among = nearest_distances(real[:most], real, itself=True, device=device)
+    typical, nearest = float(among.median()), float(sample_distances.median())
+    return {"sample_to_real": nearest, "real_to_real": typical, "ratio": nearest / typical if typical else None}

@@ -65,7 +65,9 @@ def test_what_goes_wrong_is_a_warning(images, tmp_path, home, monkeypatch):
     broken = ("evaluate.extractor=inception", f"evaluate.extractor_weights={images}/zero/000.png")
     assert joint_training(tiny.config(images, tmp_path / "a", *SCORED, *broken))
     assert any(line.startswith("no score of checkpoint 64: ") and "000.png" in line for line in told)
-    assert joint_training(tiny.config(images, tmp_path / "b", *SCORED, "train_repae.cpus_per_worker=64"))
+    crowded = ("train_repae.cpus_per_worker=64", "generate.guide=train-ldm")
+    assert joint_training(tiny.config(images, tmp_path / "b", *SCORED, *crowded))
+    assert "scores of checkpoints are without guidance: generate.guide=train-ldm is another model" in told
     # The last checkpoint finds room: the training has given its CPUs back by then.
     assert "no score of checkpoint 32: Ray has no CPUs or GPUs that the training leaves free" in told
 

@@ -111,6 +111,25 @@ def test_debug_shows_the_traceback(monkeypatch, home):
         cli.main()
 
 
+@pytest.mark.parametrize(
+    ("server", "line"),
+    [
+        ("", "repae: Prefect's temporary server does not know this run (on a busy machine it may have been ended, or "
+             "another have taken its port): run again to continue\n"),
+        ("http://prefect:4200/api", "repae: ObjectNotFound: None\n"),
+    ],
+)  # fmt: skip
+def test_a_run_that_the_temporary_server_has_lost(call, monkeypatch, server, line):
+    from prefect.exceptions import ObjectNotFound
+
+    def lose(*_):
+        raise ObjectNotFound(Exception("404"))
+
+    monkeypatch.setenv("PREFECT_API_URL", server)
+    monkeypatch.setattr("flows.run_command.run_pipeline", lose)
+    assert call("run") == (1, "", line)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_examples(call, command):
     code, out, _ = call(command, "--help")

@@ -5,9 +5,12 @@ import json
 import numpy as np
 import pytest
 import tiny
+import torch
 
 from repae_core.artifacts import Artifact, Store, save_run
 from repae_core.data import ImageShards
+from repae_core.generation import Generator
+from repae_core.stages import checkpoint_scores
 from repae_core.stages.evaluate import Evaluation
 from repae_core.stages.evaluation_parts import split_group, write_missing_parts
 from repae_core.stages.generate import read_samples
@@ -55,6 +58,39 @@ def test_any_number_of_workers_and_a_stop_give_the_same_scores(finished):
         assert evaluate(finished, f"of-{world}", world=world) == one
     assert evaluate(finished, "stopped", world=3, stop_after=1) is None
     assert evaluate(finished, "stopped") == one
+
+
+def test_lossless_reconstructions_keep_the_scores_valid_json(finished, monkeypatch):
+    monkeypatch.setattr("repae_core.stages.evaluation_parts.reconstruct", lambda vae, originals, *_, **__: originals)
+    scores = evaluate(finished, "lossless")
+    json.dumps(scores, allow_nan=False)
+    assert scores["rows"]["reconstructions"]["psnr"] == pytest.approx(10 * np.log10(255**2 * 3 * 32 * 32))
+
+
+def test_scores_of_checkpoints_sample_as_generate_does(finished, monkeypatch):
+    """All settings of the sampler; but a guide is another model, so without it and without guidance."""
+    made = []
+
+    class Recorded(Generator):
+        def __init__(self, *arguments, **settings):
+            super().__init__(*arguments, **settings)
+            made.append(self)
+
+    def settings(*sets):
+        checkpoint_scores.score_checkpoint(
+            finished.configure("generate.rounding=round", "generate.mixed_precision=bf16", "generate.sampler=heun",
+                               "compat.bn_inverse_without_eps=true", *sets),
+            finished.artifact("train-ldm"), 32, images=finished.artifact("preprocess"),
+            vae=finished.artifact("extract-vae"), count=6, device=torch.device("cpu"),
+        )  # fmt: skip
+        return made[-1].settings
+
+    monkeypatch.setattr(checkpoint_scores, "Generator", Recorded)
+    found = settings("generate.guidance=3")
+    assert (found.sampler, found.steps, found.guidance) == ("heun", 2, 3)
+    assert (found.rounding, found.mixed_precision, found.bn_inverse_without_eps) == ("round", "bf16", True)
+    guided = settings("generate.guidance=3", "generate.guide=train-ldm", "generate.guide_checkpoint=16")
+    assert (guided.guidance, guided.rounding, made[-1].guide) == (1, "round", None)
 
 
 def test_another_batch_size_changes_only_last_bits(finished):

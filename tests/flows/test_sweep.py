@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny
 
-from flows.sweep_command import guidance_points, parse_intervals, parse_scales
+from flows.sweep_command import Point, collect, guidance_points, parse_intervals, parse_scales
 from repae_core.artifacts import Artifact, Store, list_runs
 from repae_core.stages.generate import read_samples
 from tasks.sweep_page import SWEEP_FILE
@@ -34,11 +34,12 @@ def test_points_are_scored_once_and_shown(call, tmp_path):
         assert np.array_equal(read_samples(samples, 2)[1], read_samples(first, 2)[1])
     assert [row["tuning"] for row in sweep["vae"]] == ["before", "after"]
     assert all(row["fd_digits"] > 0 and row["psnr"] > 0 for row in sweep["vae"])
-    assert sweep["best"]["fd_digits"] == min(row["fd_digits"] for row in sweep["guidance"])
+    assert sweep["best"]["fd_digits"] == min(row["fd_digits"] for row in rows)
     assert f"Best     fd_digits {sweep['best']['fd_digits']:.3f}" in out
     line = next(line for line in out.splitlines() if "generate.guidance_interval=" in line)
     pasted = shlex.split(line)
     assert pasted[::2] == ["--set"] * (len(pasted) // 2)
+    assert f"generate.sampler={sweep['best']['sampler']}" in pasted
     assert "generate.guidance_interval=[0.0, 1.0]" in pasted
     assert run.config["generate"]["num_images"] == 12  # the config itself comes last, and its page shows the sweep
     page = store.read_bytes(f"runs/{run.run_id}/report.html").decode()
@@ -63,6 +64,16 @@ def test_bad_options(call, option, value, message):
     code, _, err = call("sweep", option, value)
     assert code == 2
     assert message in err
+
+
+def test_the_best_is_of_all_points():
+    guided, more_steps = Point("ode", 50, 2.0, (0.0, 1.0)), Point("heun", 250, 2.0, (0.0, 1.0))
+    scored = {
+        point: {"distance": "fid", "scores": {"fid": value, "images": 9}, "samples": str(value)}
+        for point, value in ((guided, 3.0), (more_steps, 2.0))
+    }
+    result = collect({"guidance": [guided], "steps": [guided, more_steps]}, scored)
+    assert (result["best"]["sampler"], result["best"]["fid"]) == ("heun", 2.0)
 
 
 def test_no_guidance_is_one_point():

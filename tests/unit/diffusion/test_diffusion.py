@@ -193,3 +193,7 @@ def test_autoguidance_asks_the_guide_only_where_guidance_is_on(sampler):
     unused = Counted()
     calls_of(sampler, steps=4, guidance=1.0, guide=unused)
     assert unused.calls == []
+    alone = Counted(1.0)
+    assert calls_of(sampler, steps=4, guidance=0.0, guide=alone) == []
+    assert [rows for rows, _, _ in alone.calls] == [2] * {ode_sample: 4, HEUN: 7, sde_sample: 4}[sampler]
+    assert all(asked == Y.tolist() for _, _, asked in alone.calls)

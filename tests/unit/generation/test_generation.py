@@ -91,7 +91,13 @@ def test_equal_labels():
 
 def test_other_labels():
     assert sample_labels("2,0", 5, 3, seed=0).tolist() == [2, 0, 2, 0, 2]
-    assert set(sample_labels("random", 100, 3, seed=0)) == {0, 1, 2}
+    some = sample_labels("random", 100, 3, seed=0)
+    assert set(some) == {0, 1, 2}
+    assert some.dtype == np.int64
+    assert np.array_equal(some[:7], sample_labels("random", 7, 3, seed=0)), "of (seed, i), not of how many there are"
+    assert not np.array_equal(some, sample_labels("random", 100, 3, seed=1))
+    counts = np.bincount(sample_labels("random", 3000, 3, seed=0))
+    assert np.abs(counts - 1000).max() < 130  # five standard deviations
     with pytest.raises(ValueError, match=r"generate\.labels: class 3 does not exist"):
         sample_labels("3", 5, 3, seed=0)
 

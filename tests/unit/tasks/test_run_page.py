@@ -1,4 +1,5 @@
 from repae_core.artifacts import RunRecord, StageRecord
+from tasks.report import _spectra
 from tasks.run_page import run_table
 
 
@@ -18,3 +19,11 @@ def test_links_lead_to_where_a_browser_finds_mlflow(monkeypatch):
     assert "[01234567](http://127.0.0.1:5000/#/runs/0123456789abcdef)" in table
     assert "[fedcba98](http://127.0.0.1:5000/#/runs/fedcba9876543210)" in table
     assert "| a \\| b |" in table
+
+
+def test_the_report_draws_every_number_of_the_latents():
+    numbers = {"spectrum": [0.0, 2.0, 1.0], "principal_share": [0.8, 0.2], "mean": [0.5, -0.5], "std": [1.0, 2.0]}
+    svg = _spectra({"before": numbers, "after": numbers})
+    for label in ("spatial frequency", "principal component", "latent channel"):
+        assert label in svg
+    assert svg.count('id="axes_') == 3
