@@ -14,10 +14,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import psutil
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
-from prefect.client.schemas.objects import StateType
-from prefect.states import Cancelling
 
 from flows.deploy_command import deploy
 from flows.deployments import WORK_POOL
@@ -87,6 +83,12 @@ def serve(prefect_port: int, mlflow_port: int) -> None:
 
 def _cancel_runs() -> None:
     """As `prefect flow-run cancel`: a run that is only killed counts as running, and starts again by itself."""
+    # Here, not above: Prefect reads PREFECT_API_URL once, and `serve` sets it.
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
+    from prefect.client.schemas.objects import StateType
+    from prefect.states import Cancelling
+
     under_way = FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING, StateType.CANCELLING])
     wanted = FlowRunFilter(state=FlowRunFilterState(type=under_way))
     deadline = time.monotonic() + _CANCEL_SECONDS
