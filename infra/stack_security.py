@@ -61,10 +61,11 @@ def refusals(stack: Stack) -> Iterator[str]:
             if (status := _status(f"{prefect}/api/admin/version", headers)) != expected:
                 yield f"Prefect: {password} password is answered with {status}, not {expected}"
     mlflow = stack.url("mlflow", 5000)
-    for host, expected in (("evil.example.org", 403), (mlflow.removeprefix("http://"), 200)):
-        status = _status(f"{mlflow}/api/2.0/mlflow/experiments/get?experiment_id=0", {"Host": host})
-        if status != expected:
-            yield f"MLflow: Host {host} is answered with {status}, not {expected}"
+    for url, refusal, more in ((f"{mlflow}/api/2.0/mlflow/experiments/get?experiment_id=0", 403, {}),
+                               (f"{prefect}/api/health", 400, right_password)):  # fmt: skip
+        for host, expected in (("evil.example.org", refusal), (url.split("/")[2], 200)):
+            if (status := _status(url, {"Host": host} | more)) != expected:
+                yield f"{url}: Host {host} is answered with {status}, not {expected}"
 
 
 def _status(url: str, headers: dict[str, str]) -> int:
