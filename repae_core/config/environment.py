@@ -14,6 +14,7 @@ VARIABLES = {
     "PREFECT_API_URL": "Prefect server; default: a temporary one for the run",
     "RAY_ADDRESS": "Ray cluster; default: a private local one that ends with the run",
     "AWS_ENDPOINT_URL": ("S3 endpoint for s3:// stores; credentials: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"),
+    "REPAE_PREFECT_HOSTS": "further names by which Prefect's server may be called; default: none",
     "REPAE_TRAINING_LIMIT": "Prefect's global concurrency limit that a training waits for; default: none",
     "OMP_WAIT_POLICY": "How idle OpenMP threads wait; see docs/environment.md",
 }
