@@ -101,7 +101,7 @@ class ShardSettings(NamedTuple):
 
 
 def write_shard(
-    reader: ImageReader, samples: Sequence[Sample], k: int, artifact: Artifact, settings: ShardSettings
+    reader: ImageReader, samples: Iterable[Sample], k: int, artifact: Artifact, settings: ShardSettings
 ) -> dict[str, Any]:
     """Write shard k: the tar, then its sidecar, which is returned.
 
