@@ -195,9 +195,7 @@ def _write_in_processes(work: PreprocessWork, missing: Sequence[int], processes:
     def submit(count: int) -> None:
         for k in itertools.islice(waiting, max(0, count)):
             samples = shard_samples(work.source, work.plan[k])
-            futures[k] = pool.submit(
-                _write_in_process, work.source.reader, samples, k, slots[k], where, work.settings
-            )
+            futures[k] = pool.submit(_write_in_process, work.source.reader, samples, k, slots[k], where, work.settings)
 
     def in_order(block: bool) -> Written:
         while order and order[0] in futures and (block or futures[order[0]].done()):
