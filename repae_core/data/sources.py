@@ -37,7 +37,7 @@ class SourceItem(NamedTuple):
 
 
 class ItemTable(Sequence[SourceItem]):
-    """Many items in 40 bytes each plus their names, where a list of them takes 400: a source may have millions."""
+    """Many items in 32 to 56 bytes each and their names; a list of them takes 400. A source may have millions."""
 
     def __init__(self, items: Iterable[SourceItem]) -> None:
         self._names, self._ends, self._numbers = bytearray(), array("q", [0]), array("q")
