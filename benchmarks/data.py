@@ -3,8 +3,11 @@
     python benchmarks/data.py                     # 2,000 photo-like JPEGs, two processes, disk and S3
     python benchmarks/data.py --images 500 --only loader
     python benchmarks/data.py --only memory       # peak memory at 1,000 and at 10,000 images
+    python benchmarks/data.py --only bytes        # bytes read and written over bytes used
 
 Rounds of ours and of the plain loop alternate in one run; a ratio is of the medians (ours / plain, higher is better).
+Bytes are those that go through the sources' reader and the store, also of sidecars and indexes; used are those of the
+source for what preprocess reads (its fingerprint's sha256 reads them once more), and those of the shards.
 """
 
 from __future__ import annotations
@@ -25,28 +28,10 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
+from data_stages import SIDE, cache_latents, counted, f8d4, preprocess, write_photos
 from PIL import Image
 
-SIDE = 128
-PARTS = ("preprocess", "loader", "latents", "memory", "s3")
-
-
-def write_photos(folder: Path, count: int, *, largest: int = 640) -> Path:
-    """JPEGs with structure at every scale, as photographs have it, of mixed sizes in ten class folders."""
-    rng = np.random.default_rng(0)
-    for i in range(count):
-        width, height = (int(v) for v in rng.integers(largest // 2, largest, 2))
-        picture = np.zeros((height, width, 3), dtype=np.float32)
-        for scale in (4, 16, 64, 256):
-            noise = Image.fromarray(rng.integers(0, 256, (scale, scale, 3), dtype=np.uint8))
-            picture += (
-                np.asarray(noise.resize((width, height), Image.Resampling.BICUBIC), dtype=np.float32) / scale**0.5
-            )
-        picture *= 255 / picture.max()
-        path = folder / f"{i % 10}" / f"{i:06d}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture.astype(np.uint8)).save(path, quality=90)
-    return folder
+PARTS = ("preprocess", "loader", "latents", "bytes", "memory", "s3")
 
 
 def plain_loop(paths: list[str], started: object, seconds: object) -> None:
@@ -73,18 +58,6 @@ def plain_preprocess(photos: Path, processes: int) -> float:
     for loop in loops:
         loop.join()
     return longest
-
-
-def preprocess(photos: Path, store: str, processes: int, *, resolution: int = SIDE) -> tuple[float, object]:
-    """(seconds with the start of the processes, artifact) of all shards."""
-    from repae_core.artifacts import Artifact, Store
-    from repae_core.data import open_source, preprocess_images
-
-    artifact = Artifact(Store(store), "preprocess", f"bench-{time.monotonic_ns()}")
-    source = open_source(str(photos))
-    before = time.perf_counter()
-    preprocess_images(source, artifact, resolution=resolution, images_per_shard=250, seed=0, processes=processes)
-    return time.perf_counter() - before, artifact
 
 
 def alternate(rounds: int, ours: Callable[[], float], plain: Callable[[], float]) -> tuple[float, float]:
@@ -121,35 +94,53 @@ def loader_rates(artifact: object, rounds: int) -> None:
     line("loader, against a plain decode loop", count, *alternate(rounds, ours, plain), "wanted >= 0.85")
 
 
-def latent_rates(artifact: object, rounds: int, count: int, threads: int) -> None:
-    """cache-latents with the f8d4 VAE against `vae.encode` on images that are in memory."""
+def latent_rates(artifact: object, rounds: int, count: int) -> None:
+    """cache-latents with the f8d4 VAE, one thread, against `vae.encode` on images that are in memory."""
     import torch
 
-    from repae_core.artifacts import Artifact
     from repae_core.data import ImageShards
-    from repae_core.models import build_vae
-    from repae_core.stages.cache_latents import plan_latents, write_missing_latents
 
-    torch.set_num_threads(threads)
-    vae, images = build_vae("f8d4").eval().requires_grad_(False), ImageShards(artifact)  # type: ignore[arg-type]
-    images.shard_indices = lambda k: np.arange(count) if k == 0 else np.arange(0)  # type: ignore[method-assign]
-    pixels = images.images(np.arange(count))
-
-    def ours() -> float:
-        out = Artifact(images.artifact.store, "cache-latents", f"bench-{time.monotonic_ns()}")
-        work = plan_latents(vae, images, out, dtype="float32", flip=False)
-        before = time.perf_counter()
-        write_missing_latents(work, batch_size=16, progress=lambda done, total: None)
-        return time.perf_counter() - before
+    vae = f8d4()
+    pixels = ImageShards(artifact).images(np.arange(count))  # type: ignore[arg-type]
 
     @torch.no_grad()
     def plain() -> float:
         before = time.perf_counter()
         for batch in pixels.split(16):
-            vae.encode(batch.float() / 127.5 - 1)
+            vae.encode(batch.float() / 127.5 - 1)  # type: ignore[attr-defined]
         return time.perf_counter() - before
 
-    line(f"cache-latents, f8d4, {SIDE} px, bare encode", count, *alternate(rounds, ours, plain), "wanted >= 0.95")
+    times = alternate(rounds, lambda: cache_latents(vae, artifact, count)[0], plain)
+    line(f"cache-latents, f8d4, {SIDE} px, bare encode", count, *times, "wanted >= 0.95")
+
+
+def amplification(photos: Path, store: str, count: int) -> None:
+    """Bytes moved over bytes used, of each stage in one process."""
+    from repae_core.data import DataOrder, ImageShards, Selection, load_batches, open_source
+
+    where = store.split("://")[0] if "://" in store else "disk"
+    print(f"\n{'bytes a byte used, ' + where:44} {'read':>9} {'written':>9}")
+
+    def show(name: str, moved: dict[str, int], source: int, made: int) -> None:
+        written = f"{moved['written'] / made:9.3f}" if made else f"{'-':>9}"
+        print(f"{name:44} {moved['read'] / source:9.3f} {written}", flush=True)
+
+    with counted() as moved:
+        open_source(str(photos)).content_digest()
+        _, images = preprocess(photos, store, 1)
+    index = images.read_json("index.json")  # type: ignore[attr-defined]
+    shards = sum(shard["tar"]["bytes"] for shard in index["shards"])
+    show("preprocess", moved, sum(path.stat().st_size for path in photos.rglob("*.jpg")), shards)
+    with counted() as moved:
+        opened = ImageShards(images)  # type: ignore[arg-type]
+        order = DataOrder(len(opened), 0).batches(start=0, stop=len(opened), batch_size=50)
+        for _ in load_batches(opened.images, map(Selection, order)):
+            pass
+    show("loader, an epoch of byte ranges", moved, shards, 0)
+    with counted() as moved:
+        _, used, out = cache_latents(f8d4(), images, count)
+    made = sum(size for name, size in out.files().items() if name.endswith(".safetensors"))  # type: ignore[attr-defined]
+    show(f"cache-latents of {count} of {len(opened)} images", moved, int(used._sizes[:count].sum()), made)  # type: ignore[attr-defined]
 
 
 def memory(folder: Path) -> None:
@@ -167,17 +158,18 @@ def memory(folder: Path) -> None:
 
 
 def measure(part: str, photos: str, store: str) -> None:
-    """Print this process's peak memory after one part, MiB."""
-    import torch
-
+    """Print this process's peak memory after one part, MiB. Preprocess needs no torch, which would hide its growth."""
     from repae_core.artifacts import Artifact, Store
-    from repae_core.data import DataOrder, ImageShards, Selection, load_batches, open_source, preprocess_images
-    from repae_core.training.throughput import peak_memory
+    from repae_core.data import open_source, preprocess_images
 
     made = Artifact(Store(store), "preprocess", "memory")
     if part == "preprocess":
         preprocess_images(open_source(photos), made, resolution=64, images_per_shard=250, seed=0)
+        assert "torch" not in sys.modules
     else:
+        import torch
+
+        from repae_core.data import DataOrder, ImageShards, Selection, load_batches
         from repae_core.models import build_vae
         from repae_core.stages.cache_latents import plan_latents, write_missing_latents
 
@@ -194,42 +186,31 @@ def measure(part: str, photos: str, store: str) -> None:
             work = plan_latents(build_vae(small).eval(), images, out, dtype="float32", flip=False)
             write_missing_latents(work, batch_size=50, progress=lambda done, total: None)
             work.writer.finish()
-    print(peak_memory(torch.device("cpu")) / 2**20)
+    status = Path("/proc/self/status").read_text()
+    print(int(status.split("VmHWM:")[1].split()[0]) / 2**10)
 
 
-def on_s3(photos: Path, folder: Path, bucket: str, processes: int, count: int) -> None:
-    """The same work in a local S3 server on the same cores, and bytes moved over bytes used."""
-    from repae_core.artifacts import Store
+def on_s3(photos: Path, folder: Path, store: str, processes: int, count: int, latents: int) -> None:
+    """The same work in a local S3 server on the same cores."""
     from repae_core.data import DataOrder, ImageShards, Selection, ShardCache, load_batches
 
-    seconds, made = preprocess(photos, f"s3://{bucket}/bench", processes)
+    seconds, made = preprocess(photos, store, processes)
     print(f"\nS3 on the same cores\n{'preprocess':44} {count / seconds:9.1f} images/s")
-    moved = {"read": 0}
-    ranges, download = Store.read_ranges, Store.download
-
-    def counted_ranges(self: Store, *where: list) -> list[bytes]:
-        blobs = ranges(self, *where)
-        moved["read"] += sum(map(len, blobs))
-        return blobs
-
-    def counted_download(self: Store, key: str, target: str) -> None:
-        download(self, key, target)
-        moved["read"] += os.path.getsize(target)
-
-    Store.read_ranges, Store.download = counted_ranges, counted_download  # type: ignore[method-assign]
     shards = sum(shard["tar"]["bytes"] for shard in made.read_json("index.json")["shards"])  # type: ignore[attr-defined]
     for name, cache, window in (("byte ranges", 0, 0), ("cache of all shards", 2.0, 0),
                                 ("cache of a third, windows of 2 shards", 0.34, 2)):  # fmt: skip
         kept = ShardCache(folder / f"cache-{cache}", int(cache * shards)) if cache else None
         images = ImageShards(made, shard_cache=kept)  # type: ignore[arg-type]
         order = DataOrder(len(images), 0, images.shard_starts, window)
-        moved["read"], before = 0, time.perf_counter()
-        batches = order.batches(start=0, stop=2 * len(images), batch_size=50)
-        for _ in load_batches(images.images, map(Selection, batches)):
-            pass
+        before = time.perf_counter()
+        with counted() as moved:
+            batches = order.batches(start=0, stop=2 * len(images), batch_size=50)
+            for _ in load_batches(images.images, map(Selection, batches)):
+                pass
         rate = 2 * len(images) / (time.perf_counter() - before)
         print(f"{'loader, two epochs: ' + name:44} {rate:9.1f} images/s, read {moved['read'] / shards / 2:.2f}"
               " bytes a byte of the shards and epoch", flush=True)  # fmt: skip
+    print(f"{f'cache-latents, f8d4, {SIDE} px':44} {latents / cache_latents(f8d4(), made, latents)[0]:9.1f} images/s")
 
 
 def main() -> None:
@@ -245,6 +226,7 @@ def main() -> None:
         measure(*options.measure)
         return
     parts = options.only or PARTS
+    few = min(options.latents, options.images, 250)  # a shard has 250 images
     with tempfile.TemporaryDirectory(prefix="repae-bench-") as scratch, contextlib.ExitStack() as servers:
         folder = Path(scratch)
         if "s3" in parts:  # first: the pools' processes are forked from one that keeps the environment of its start
@@ -252,7 +234,7 @@ def main() -> None:
             from s3_server import BUCKET, s3_server
 
             os.environ.update(servers.enter_context(s3_server(folder / "s3")))
-        if {"preprocess", "loader", "latents", "s3"} & set(parts):
+        if {"preprocess", "loader", "latents", "bytes", "s3"} & set(parts):
             photos = write_photos(folder / "photos", options.images)
             _, made = preprocess(photos, str(folder / "store"), options.processes)
             print(f"{'images/s':44} {'ours':>9} {'plain':>9} {'ratio':>7}")
@@ -266,11 +248,15 @@ def main() -> None:
         if "loader" in parts:
             loader_rates(made, options.rounds)
         if "latents" in parts:
-            latent_rates(made, options.rounds, options.latents, threads=1)
+            latent_rates(made, options.rounds, few)
+        if "bytes" in parts:
+            amplification(photos, str(folder / "bytes"), min(few, 32))
+        if "s3" in parts:
+            url = f"s3://{BUCKET}/bench"
+            on_s3(photos, folder, url, options.processes, options.images, few)
+            amplification(photos, url, min(few, 32))
         if "memory" in parts:
             memory(folder)
-        if "s3" in parts:
-            on_s3(photos, folder, BUCKET, options.processes, options.images)
 
 
 if __name__ == "__main__":

@@ -78,8 +78,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
         if image.mode in ("F", "LAB") or (image.mode == "I" and image.format not in ("PNG", "PPM")):
             raise BadImageError(f"images of mode {image.mode} have no defined conversion to RGB")
         if image.mode in (*_SIXTEEN_BIT, "I"):
-            high_byte = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
-            image = Image.fromarray(high_byte.astype(np.uint8))
+            values = np.asarray(image)  # uint16, or int32 in mode I
+            if image.mode == "I":
+                values = values.clip(0, 65535)
+            image = Image.fromarray((values >> 8).astype(np.uint8))
         if image.mode in ("RGBa", "La"):
             image = image.convert({"RGBa": "RGBA", "La": "LA"}[image.mode])
         return image.convert("RGB")

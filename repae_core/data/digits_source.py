@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from repae_core.data.sources import ImageSource, SourceItem
+from repae_core.data.sources import ImageSource, ItemTable, SourceItem
 
 
 class DigitsReader:
@@ -45,5 +45,5 @@ def open_digits() -> ImageSource:
     """The built-in digits, classes "0" to "9"."""
     reader = DigitsReader()
     images, labels = reader.arrays()
-    items = [SourceItem(f"{i:05d}", int(label), images[i].nbytes) for i, label in enumerate(labels)]
+    items = ItemTable(SourceItem(f"{i:05d}", int(label), images[i].nbytes) for i, label in enumerate(labels))
     return ImageSource("digits", reader, [str(digit) for digit in range(10)], items, skipped=[])

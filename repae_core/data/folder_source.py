@@ -7,46 +7,47 @@ import os
 import stat
 from pathlib import PurePosixPath
 
-from repae_core.data.layouts import Listing, arrange, is_hidden, is_image
+from repae_core.data.layouts import Listing, arrange, is_hidden, is_image, is_of_system
 from repae_core.data.source_location import Location, is_local
-from repae_core.data.source_reader import StoredReader, change_mark
+from repae_core.data.source_reader import NO_NUMBER, StoredReader, change_mark, content_number
 from repae_core.data.sources import BadImageError, ImageSource, SourceItem
 
 # Errors of one file; others (no memory, too many open files, a lost network drive) are not the file's fault.
-_FILE_ERRORS = {errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.EPERM, errno.EIO, errno.ENAMETOOLONG}
+_FILE_ERRORS = {errno.ELOOP, errno.EPERM, errno.EIO, errno.ENAMETOOLONG}
 
 
 class FolderReader(StoredReader):
-    """Reads files below a folder by name."""
+    """Reads files below a folder by name; the mark of change that its listing told comes with each item."""
 
     def read_bytes(self, item: SourceItem) -> bytes:
         """The file's content. BadImageError if it cannot be read; OSError if the store cannot be reached.
 
-        ValueError if it has not the size that was listed: the data set is changing, so no result would be of it.
+        ValueError if it is not what was listed: the data set is changing, so no result would be of it.
         """
         path = f"{self.root}/{item.name}"
-        content = self._content(path)
-        if len(content) != item.size:
-            raise ValueError(
-                f"preprocess.source: {path} has {len(content)} bytes, but had {item.size} when it was listed: "
-                "it changed meanwhile; run again"
-            )
-        return content
-
-    def _content(self, path: str) -> bytes:
         try:
-            if not is_local(self.fs):
-                return bytes(self.fs.cat_file(path))
-            with open(path, "rb") as file:  # a tenth of the time that fsspec takes to open it
-                return file.read()
-        except FileNotFoundError:
-            raise BadImageError("file not found") from None
+            content, mark = self._read_local(path) if is_local(self.fs) else self._read_remote(path)
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            raise _changed(path, "is no file any more") from None
         except PermissionError:
             raise BadImageError("permission denied") from None
         except OSError as error:
             if is_local(self.fs) and error.errno in _FILE_ERRORS:
                 raise BadImageError(os.strerror(error.errno)) from None
             raise OSError(f"{path} cannot be read: {error}") from error
+        if len(content) != item.size:
+            raise _changed(path, f"has {len(content)} bytes, but had {item.size} when it was listed")
+        if item.place != (mark,) and NO_NUMBER not in (mark, *item.place):
+            raise _changed(path, "has another time of change or ETag than when it was listed")
+        return content
+
+    def _read_local(self, path: str) -> tuple[bytes, int]:
+        with open(path, "rb") as file:  # a tenth of the time that fsspec takes to open it
+            return file.read(), os.fstat(file.fileno()).st_mtime_ns
+
+    def _read_remote(self, path: str) -> tuple[bytes, int]:
+        # A second request: fsspec does not hand on the ETag that comes with the content.
+        return bytes(self.fs.cat_file(path)), content_number(self.fs.info(path))
 
     def change_mark(self, item: SourceItem) -> str:
         """ETag or time of change."""
@@ -56,13 +57,16 @@ class FolderReader(StoredReader):
             return "unreadable"
 
 
+def _changed(path: str, how: str) -> ValueError:
+    return ValueError(f"preprocess.source: {path} {how}: it changed meanwhile; run again")
+
+
 def open_folder(location: Location) -> ImageSource:
     """A folder in any layout: images, WebDataset shards, or Parquet tables; see `sources.open_source`."""
     listing = _list_local(location.path) if is_local(location.fs) else _list_remote(location)
-    listing.files = dict(sorted(listing.files.items()))
     if "dataset.json" not in listing.files and not any(map(is_image, listing.files)):
-        shards = [name for name in listing.files if name.lower().endswith(".tar")]
-        tables = [name for name in listing.files if name.lower().endswith(".parquet")]
+        shards = sorted(name for name in listing.files if name.lower().endswith(".tar"))
+        tables = sorted(name for name in listing.files if name.lower().endswith(".parquet"))
         if shards and tables:
             raise ValueError(
                 f"preprocess.source: {location.source} holds WebDataset shards ({shards[0]}) and Parquet tables "
@@ -84,7 +88,7 @@ def _list_remote(location: Location) -> Listing:
     for path, info in location.fs.find(location.path, detail=True).items():
         name = path[len(location.path) + 1 :]
         if name and not name.endswith("/"):
-            listing.add(name, int(info["size"] or 0))
+            listing.add(name, int(info["size"] or 0), (content_number(info),))
     return listing
 
 
@@ -123,9 +127,7 @@ def _walk(listing: Listing, root: str, start: str, entered: dict[str, str]) -> l
             folders.clear()
             continue
         entered[here] = str(below)
-        folders[:] = [
-            name for name in folders if not is_hidden(name) and not _is_above(os.path.join(folder, name), here)
-        ]
+        folders[:] = [name for name in folders if _is_followed(listing, str(below / name), os.path.join(folder, name))]
         if not below.parts:
             listing.folders.update(folders)
         links += [str(below / name) for name in folders if os.path.islink(os.path.join(folder, name))]
@@ -134,18 +136,34 @@ def _walk(listing: Listing, root: str, start: str, entered: dict[str, str]) -> l
     return links
 
 
-def _is_above(folder: str, here: str) -> bool:
-    """Whether a link leads to the folder `here` or one that holds it."""
-    return os.path.islink(folder) and os.path.commonpath([here, target := os.path.realpath(folder)]) == target
+def _is_followed(listing: Listing, name: str, path: str) -> bool:
+    """Whether the folder `name` is a part of the data set; what it holds else is listed."""
+    if is_hidden(name):
+        if not is_of_system(name):
+            _list_hidden(listing, name, path)
+        return False
+    target = os.path.realpath(path)
+    if os.path.islink(path) and os.path.commonpath([os.path.realpath(os.path.dirname(path)), target]) == target:
+        listing.skip(name + "/", "a link to a folder that holds it", failure=False)
+        return False
+    return True
+
+
+def _list_hidden(listing: Listing, start: str, path: str) -> None:
+    """Images below a hidden folder, no links followed: a visible link may still lead there."""
+    for folder, _, names in os.walk(path):
+        for name in names:
+            listing.skip(os.path.join(start, os.path.relpath(os.path.join(folder, name), path)), "")
 
 
 def _add(listing: Listing, name: str, path: str) -> None:
     try:
         status = os.stat(path)
     except OSError as error:
-        listing.skip(name, "a link to nothing" if os.path.islink(path) else error.strerror or "cannot be read")
+        nothing = error.errno == errno.ENOENT and os.path.islink(path)
+        listing.skip(name, "a link to nothing" if nothing else error.strerror or "cannot be read")
         return
     if stat.S_ISREG(status.st_mode):
-        listing.add(name, status.st_size)
+        listing.add(name, status.st_size, (status.st_mtime_ns,))
     else:
         listing.skip(name, "a pipe, socket or device")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from array import array
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
 from repae_core.data.source_reader import MAX_IMAGE_BYTES, StoredReader, too_large
-from repae_core.data.sources import LAYOUTS, ImageSource, Skipped, SourceItem
+from repae_core.data.sources import LAYOUTS, ImageSource, ItemTable, Skipped, SourceItem
 
 # .heic and .heif are pictures that Pillow alone cannot read: they fail by name instead of counting as other files.
 SUFFIXES = frozenset(
@@ -28,32 +29,75 @@ class StoredFile(NamedTuple):
     place: tuple[int, ...] = ()
 
 
+class StoredFiles(Mapping[str, StoredFile]):
+    """Files by name, with their numbers in one array: an object for each would take as much again."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, int] = {}
+        self._numbers, self._width = array("q"), 1
+
+    def __setitem__(self, name: str, file: StoredFile) -> None:
+        assert name not in self._rows
+        self._rows[name] = len(self._rows)
+        self._numbers.extend((file.size, *file.place))
+        self._width = 1 + len(file.place)
+        assert len(self._numbers) == len(self) * self._width
+
+    def __getitem__(self, name: str) -> StoredFile:
+        start = self._rows[name] * self._width
+        size, *place = self._numbers[start : start + self._width]
+        return StoredFile(size, tuple(place))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._rows
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+
 @dataclass
 class Listing:
-    """All files of a folder or archive by relative name; names that start with a dot are no part of a data set."""
+    """All files of a folder or archive by relative name; those that are hidden only as skipped images."""
 
-    files: dict[str, StoredFile] = field(default_factory=dict)
+    files: StoredFiles = field(default_factory=StoredFiles)
     folders: set[str] = field(default_factory=set)
     skipped: list[Skipped] = field(default_factory=list)
 
     def add(self, name: str, size: int, place: tuple[int, ...] = ()) -> None:
         """List a file; of several with one name the first counts, the others are failures."""
         if is_hidden(name):
-            return
-        if name in self.files:
+            self.skip(name, "")
+        elif name in self.files:
             self.skipped.append(Skipped(name, "a second file of this name"))
         else:
             self.files[name] = StoredFile(size, place)
 
-    def skip(self, name: str, reason: str) -> None:
+    def skip(self, name: str, reason: str, *, failure: bool = True) -> None:
         """List a name that gives no image."""
         if not is_hidden(name):
-            self.skipped.append(Skipped(name, reason))
+            self.skipped.append(Skipped(name, reason, failure))
+        elif entry := hidden_image(name):
+            self.skipped.append(entry)
 
 
 def is_hidden(name: str) -> bool:
     """Whether a name is no part of a data set: of the operating system, or hidden by its user."""
     return any((part.startswith(".") and part != "..") or part == "__MACOSX" for part in name.split("/"))
+
+
+def is_of_system(name: str) -> bool:
+    """Whether a name is what macOS leaves everywhere: never anybody's image, whatever its suffix."""
+    return any(part.startswith("._") or part in (".DS_Store", "__MACOSX") for part in name.split("/"))
+
+
+def hidden_image(name: str, prefix: str = "") -> Skipped | None:
+    """The entry of a hidden name that would be an image: no failure, but told; None for any other hidden name."""
+    if is_of_system(name) or not is_image(name):
+        return None
+    return Skipped(prefix + name, "hidden: its name, or a folder's, starts with a dot", failure=False)
 
 
 def is_image(name: str) -> bool:
@@ -86,10 +130,9 @@ def arrange(source: str, reader: StoredReader, listing: Listing) -> ImageSource:
     Raises:
         ValueError: no images, images outside class folders, or a dataset.json of another form; in one line.
     """
-    listing.files = dict(sorted(listing.files.items()))
     if LABELS_FILE in listing.files:
         return _labelled(reader, listing)
-    images = [name for name in listing.files if is_image(name)]
+    images = sorted(name for name in listing.files if is_image(name))
     loose = [name for name in images if "/" not in name]
     if loose:
         raise ValueError(
@@ -97,7 +140,9 @@ def arrange(source: str, reader: StoredReader, listing: Listing) -> ImageSource:
             f"{LABELS_FILE}; {LAYOUTS}"
         )
     if not images:
-        raise ValueError(f"preprocess.source: no images found in {source} ({found_in(listing.files)}); {LAYOUTS}")
+        raise ValueError(
+            f"preprocess.source: no images found in {source} ({found_in(sorted(listing.files))}); {LAYOUTS}"
+        )
     return _class_folders(reader, listing, images)
 
 
@@ -111,22 +156,26 @@ def without_wrapper(listing: Listing) -> Listing:
         top = {name.split("/")[0] for name in names}
         if len(top) != 1 or any("/" not in name for name in listing.files):
             return listing
-        start = len(top.pop()) + 1
-        files = {name[start:]: file for name, file in listing.files.items()}
+        wrapper = top.pop() + "/"
+        start = len(wrapper)
+        files = StoredFiles()
+        for name, file in listing.files.items():
+            files[name[start:]] = file
         if LABELS_FILE not in files and (not files or any(is_image(name) and "/" not in name for name in files)):
             return listing
-        listing = Listing(files, {name[start:] for name in listing.folders} - {""}, listing.skipped)
+        skipped = [entry._replace(name=entry.name.removeprefix(wrapper)) for entry in listing.skipped]
+        listing = Listing(files, {name[start:] for name in listing.folders} - {""}, skipped)
 
 
 def _class_folders(reader: StoredReader, listing: Listing, images: list[str]) -> ImageSource:
     inside = {name.split("/")[0] for name in listing.files if "/" in name}
     classes = sorted(inside | {name.split("/")[0] for name in listing.folders})
     number = {name: label for label, name in enumerate(classes)}
-    items = [SourceItem(name, number[name.split("/")[0]], *listing.files[name]) for name in images]
-    filled = {item.label for item in items}
+    items = ItemTable(SourceItem(name, number[name.split("/")[0]], *listing.files[name]) for name in images)
+    filled = {number[name.split("/")[0]] for name in images}
     skipped = listing.skipped + [not_an_image(name) for name in listing.files if not is_image(name)]
     # A class without images because a folder of it is not listed is one problem, not two.
-    told = {entry.name.split("/")[0] for entry in listing.skipped if entry.name.endswith("/")}
+    told = {entry.name.split("/")[0] for entry in listing.skipped if entry.failure and entry.name.endswith("/")}
     empty = [name for name in classes if number[name] not in filled and name not in told]
     skipped += [Skipped(f"{name}/", "class folder without images") for name in empty]
     return ImageSource("class-folders", reader, classes, items, sorted(skipped))
@@ -134,21 +183,24 @@ def _class_folders(reader: StoredReader, listing: Listing, images: list[str]) ->
 
 def _labelled(reader: StoredReader, listing: Listing) -> ImageSource:
     labels, skipped = _read_labels(reader, listing.files[LABELS_FILE])
-    skipped += listing.skipped
+    skipped += [entry for entry in listing.skipped if entry.failure or entry.name not in labels]
     listed = {entry.name for entry in skipped if entry.failure} - (labels.keys() & listing.files.keys())
     items = []
     for name in sorted((labels.keys() | listing.files.keys()) - listed - {LABELS_FILE}):
         if name not in listing.files:
-            skipped.append(Skipped(name, f"named in {LABELS_FILE} but not there"))
+            skipped.append(Skipped(name, f"named in {LABELS_FILE} but {'hidden' if is_hidden(name) else 'not there'}"))
         elif not is_image(name):
             skipped.append(not_an_image(name))
         elif name not in labels:
             skipped.append(Skipped(name, f"no label in {LABELS_FILE}"))
         else:
             items.append(SourceItem(name, labels[name], *listing.files[name]))
-    there = listing.files.keys() | {entry.name for entry in listing.skipped}  # a mistyped name must make no classes
+    there = listing.files.keys() | {entry.name for entry in listing.skipped if entry.failure}
+    # A mistyped name must make no classes.
     num_classes = 1 + max((label for name, label in labels.items() if name in there), default=-1)
-    return ImageSource("labelled-folder", reader, [str(i) for i in range(num_classes)], items, sorted(skipped))
+    return ImageSource(
+        "labelled-folder", reader, [str(i) for i in range(num_classes)], ItemTable(items), sorted(skipped)
+    )
 
 
 def _read_labels(reader: StoredReader, file: StoredFile) -> tuple[dict[str, int], list[Skipped]]:

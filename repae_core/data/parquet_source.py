@@ -12,7 +12,7 @@ from repae_core.data.labels import Label, numbered
 from repae_core.data.layouts import not_an_image
 from repae_core.data.source_location import Location
 from repae_core.data.source_reader import MAX_IMAGE_BYTES, StoredReader, change_mark, content_digest, too_large
-from repae_core.data.sources import BadImageError, ImageSource, Skipped, SourceItem
+from repae_core.data.sources import BadImageError, ImageSource, ItemTable, Skipped, SourceItem
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -154,7 +154,7 @@ def open_parquet(location: Location, tables: Sequence[str], others: Sequence[str
     image, _, names = columns
     classes, items = numbered(location.source, found, skipped, names)
     reader = ParquetReader(location.url, location.path, tuple(tables), image)
-    return ImageSource("parquet", reader, classes, items, sorted(skipped))
+    return ImageSource("parquet", reader, classes, ItemTable(items), sorted(skipped))
 
 
 def _list_rows(

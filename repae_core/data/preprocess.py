@@ -6,11 +6,10 @@ import itertools
 import logging
 import math
 import multiprocessing
-import os
-import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableSequence, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from repae_core.artifacts import Artifact, Store
+from repae_core.data.end_with_parent import end_with_parent
 from repae_core.data.sampler import work_share
 from repae_core.data.shards import (
     SUFFIXES,
@@ -28,6 +28,7 @@ from repae_core.data.shards import (
     finish,
     finished_shards,
     plan_shards,
+    shard_name,
     shard_samples,
     skipped_in,
     write_shard,
@@ -126,6 +127,7 @@ def write_missing_shards(
     Raises:
         ValueError: more unreadable files than allowed so far. Names the first: with a limit of 0 the first in the
             order of this worker's share of the plan, whatever the number of processes; else by name of those so far.
+        RuntimeError: one of the processes was killed or crashed; names the files that were being read.
     """
     if processes > 1 and work.artifact.store.url.startswith("memory://"):
         raise ValueError("a memory:// store is seen by one process only: set preprocess.processes=1")
@@ -184,14 +186,16 @@ def _write_in_processes(work: PreprocessWork, missing: Sequence[int], processes:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     others = min(processes, len(missing)) - 1
-    pool = ProcessPoolExecutor(others, context, initializer=_end_with_parent)
+    reading = context.RawArray("q", [_NOT_OPEN] * len(missing))  # of each shard: the sample that a worker is at
+    slots = {k: slot for slot, k in enumerate(missing)}
+    pool = ProcessPoolExecutor(others, context, initializer=_begin_worker, initargs=(reading,))
     waiting, order = iter(missing), deque(missing)
     futures: dict[int, Future[dict[str, Any]]] = {}
 
     def submit(count: int) -> None:
         for k in itertools.islice(waiting, max(0, count)):
             samples = shard_samples(work.source, work.plan[k])
-            futures[k] = pool.submit(_write_in_process, work.source.reader, samples, k, where, work.settings)
+            futures[k] = pool.submit(_write_in_process, work.source.reader, samples, k, slots[k], where, work.settings)
 
     def in_order(block: bool) -> Written:
         while order and order[0] in futures and (block or futures[order[0]].done()):
@@ -208,6 +212,8 @@ def _write_in_processes(work: PreprocessWork, missing: Sequence[int], processes:
                 break
             submit(2 * others - (len(futures) - len(done)))
         yield from in_order(block=True)
+    except BrokenProcessPool:
+        raise RuntimeError(_what_broke(work, missing, reading)) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -223,20 +229,47 @@ def _made_here(work: PreprocessWork, k: int) -> Future[dict[str, Any]]:
     return future
 
 
+_NOT_OPEN = -1
+_reading: MutableSequence[int] = []  # in a worker: what it was given, see `_write_in_processes`
+
+
+def _begin_worker(reading: MutableSequence[int]) -> None:
+    global _reading
+    _reading = reading
+    end_with_parent()
+
+
 def _write_in_process(
-    reader: ImageReader, samples: list[Sample], k: int, where: tuple[str, str, str], settings: ShardSettings
+    reader: ImageReader,
+    samples: list[Sample],
+    k: int,
+    slot: int,
+    where: tuple[str, str, str],
+    settings: ShardSettings,
 ) -> dict[str, Any]:
+    def noted() -> Iterator[Sample]:
+        for number, sample in enumerate(samples):
+            _reading[slot] = number
+            yield sample
+
     url, stage, fingerprint = where
-    return write_shard(reader, samples, k, Artifact(Store(url), stage, fingerprint), settings)
+    try:
+        return write_shard(reader, noted(), k, Artifact(Store(url), stage, fingerprint), settings)
+    finally:
+        _reading[slot] = _NOT_OPEN
 
 
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
+def _what_broke(work: PreprocessWork, missing: Sequence[int], reading: Sequence[int]) -> str:
+    """A worker that is killed says nothing, and the others are ended with it: one of these files was the last."""
+    at = {k: work.plan[k][number] for k, number in zip(missing, reading, strict=True) if number != _NOT_OPEN}
+    if not at:
+        return (
+            "a process of preprocess ended before it read a file; a script that starts processes must do so below "
+            "`if __name__ == '__main__':`"
+        )
+    files = [f"{work.source.items[position].name} (for {shard_name(k)})" for k, position in at.items()]
+    return (
+        "a process of preprocess was killed, for want of memory perhaps, or crashed in a decoder, while reading "
+        f"{' or '.join(files)}. Finished shards are kept: run again, with fewer preprocess.processes "
+        "if memory was short; if it ends at the same file again, take that file out of the source"
+    )

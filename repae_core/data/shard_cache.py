@@ -8,13 +8,13 @@ import os
 import time
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from repae_core.artifacts import FileEntry, Store
 from repae_core.artifacts.local_files import read_local_range
 from repae_core.config.environment import repae_home
 
-_PARTIAL = ".partial"
+_PARTIAL, _LOCK = ".partial", ".lock"
 _ABANDONED_SECONDS = 24 * 3600.0  # no download of a shard takes so long
 
 
@@ -55,7 +55,7 @@ class ShardCache:
             os.utime(copy)  # marks it as used
             if _is_whole(copy, entry):
                 return copy
-        with FileLock(f"{copy}.lock"):
+        with FileLock(f"{copy}{_LOCK}"):
             if not _is_whole(copy, entry):
                 partial = Path(f"{copy}{_PARTIAL}")
                 store.download(key, str(partial))
@@ -77,17 +77,27 @@ class ShardCache:
         for path in self.folder.iterdir():
             with contextlib.suppress(FileNotFoundError):
                 status = path.stat()
+                old = status.st_mtime < time.time() - _ABANDONED_SECONDS
                 if not path.suffix:
                     found.append((status.st_mtime_ns, status.st_size, path))
-                elif path.suffix == _PARTIAL and status.st_mtime < time.time() - _ABANDONED_SECONDS:
+                elif path.suffix == _PARTIAL and old:
                     path.unlink()
+                elif path.suffix == _LOCK and old and not path.with_suffix("").exists():
+                    _remove(path.with_suffix(""))
         total = sum(size for _, size, _ in found)
         for _, size, path in sorted(found):
             if total <= self.limit_bytes:
                 return
             if path != keep:
-                path.unlink(missing_ok=True)
+                _remove(path)
                 total -= size
+
+
+def _remove(copy: Path) -> None:
+    """A copy and its lock; the lock only from who holds it, so that those who wait for it see that it is gone."""
+    copy.unlink(missing_ok=True)
+    with contextlib.suppress(Timeout), FileLock(f"{copy}{_LOCK}", timeout=0):
+        Path(f"{copy}{_LOCK}").unlink(missing_ok=True)
 
 
 def _is_whole(copy: Path, entry: FileEntry) -> bool:

@@ -15,7 +15,7 @@ import io
 import json
 import logging
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +31,7 @@ INDEX = "index.json"
 SKIPPED = "skipped.jsonl"
 SUFFIXES = {"png": "png", "webp": "webp", "jpeg": "jpg"}
 SHARD_BYTES = 256_000_000
+_SIDECARS = 8  # read at a time
 # Bytes a pixel of photographs, seen at 256 px: what `images_per_shard` follows from.
 _BYTES_PER_PIXEL = {"png": 1.9, "webp": 1.4, "jpeg": 0.6}
 
@@ -101,7 +102,7 @@ class ShardSettings(NamedTuple):
 
 
 def write_shard(
-    reader: ImageReader, samples: Sequence[Sample], k: int, artifact: Artifact, settings: ShardSettings
+    reader: ImageReader, samples: Iterable[Sample], k: int, artifact: Artifact, settings: ShardSettings
 ) -> dict[str, Any]:
     """Write shard k: the tar, then its sidecar, which is returned.
 
@@ -191,12 +192,17 @@ def finished_shards(artifact: Artifact, num_shards: int) -> dict[int, list[Skipp
     """What was skipped in each shard that is there already: sidecar present, tar of the bytes that it states."""
     files = artifact.files()
     started = [k for k in range(num_shards) if {shard_name(k), sidecar_name(k)} <= files.keys()]
-    sidecars = artifact.read_all_json([sidecar_name(k) for k in started])
     return {
         k: skipped_in(sidecar)
-        for k, sidecar in zip(started, sidecars, strict=True)
+        for k, sidecar in zip(started, _sidecars(artifact, started), strict=True)
         if sidecar["tar"]["bytes"] == files[shard_name(k)]
     }
+
+
+def _sidecars(artifact: Artifact, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Sidecars of these shards, some at a time: all of a large data set would take 250 bytes an image."""
+    for start in range(0, len(numbers), _SIDECARS):
+        yield from artifact.read_all_json([sidecar_name(k) for k in numbers[start : start + _SIDECARS]])
 
 
 def skipped_in(sidecar: dict[str, Any]) -> list[Skipped]:
@@ -218,16 +224,17 @@ def finish(
         ValueError: more unreadable files than allowed over all shards, or not one image left.
     """
     skipped, shards, sums = list(source.skipped), [], np.zeros((2, 3), dtype=object)
-    sidecars = artifact.read_all_json([sidecar_name(k) for k in range(num_shards)])
-    for k, sidecar in enumerate(sidecars):
+    filled: set[int] = set()
+    for k, sidecar in enumerate(_sidecars(artifact, range(num_shards))):
         skipped += skipped_in(sidecar)
+        filled.update(sidecar["labels"])
         sums += np.array(sidecar["pixel_sums"], dtype=object)
         shards.append({"tar": sidecar["tar"], "sidecar": sidecar_name(k), "num_images": len(sidecar["keys"])})
     check_failures(skipped, settings.max_failures)
     num_images = sum(shard["num_images"] for shard in shards)
     if not num_images:
         raise ValueError(f"no image of the source could be read; the first: {min(skipped).name}: {min(skipped).reason}")
-    skipped += _empty_classes(source.class_names, sidecars, skipped)
+    skipped += _empty_classes(source.class_names, filled, skipped)
     lines = ({"path": name, "reason": reason, "failure": failure} for name, reason, failure in sorted(skipped))
     artifact.write_bytes(SKIPPED, "".join(json.dumps(line) + "\n" for line in lines).encode())
     mean, std = _pixel_moments(sums, num_images * settings.resolution**2)
@@ -249,14 +256,11 @@ def finish(
     return index
 
 
-def _empty_classes(
-    class_names: Sequence[str], sidecars: Iterable[dict[str, Any]], skipped: Iterable[Skipped]
-) -> list[Skipped]:
+def _empty_classes(class_names: Sequence[str], filled: Set[int], skipped: Iterable[Skipped]) -> list[Skipped]:
     """Classes without an image in the shards that are not listed yet: numbers left out, or all images unreadable.
 
     No failures: such numbers may be left out on purpose, and unreadable images count by themselves.
     """
-    filled = {label for sidecar in sidecars for label in sidecar["labels"]}
     listed = {entry.name for entry in skipped}
     names = [f"{name}/" for label, name in enumerate(class_names) if label not in filled]
     return [Skipped(name, "class without images", failure=False) for name in names if name not in listed]

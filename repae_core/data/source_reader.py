@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,7 +20,9 @@ logger = logging.getLogger(__name__)
 
 MAX_IMAGE_BYTES = 2**29  # one file of more than 512 MiB is no picture to train on, and must not fill the memory
 HASHED_BYTES = 2 * 2**30  # content up to this total enters the fingerprint; the rest by what marks a change
+NO_NUMBER = -1
 _HASH_THREADS = 8
+_HASH_BLOCK = 1024  # a task in the pool takes a kilobyte or two
 _CHANGE_FIELDS = ("ETag", "etag", "md5Hash", "LastModified", "mtime", "created")
 
 
@@ -97,6 +99,15 @@ def change_mark(fs: Any, path: str) -> str:
     return next((str(info[field]) for field in _CHANGE_FIELDS if info.get(field)), "unknown")
 
 
+def content_number(info: Mapping[str, Any]) -> int:
+    """A number for the ETag or MD5 that a store tells of a file; NO_NUMBER if it tells none.
+
+    No times: some stores tell another form of them in a listing than of one file.
+    """
+    mark = next((str(info[field]) for field in ("ETag", "etag", "md5Hash") if info.get(field)), None)
+    return NO_NUMBER if mark is None else int.from_bytes(hashlib.sha256(mark.strip('"').encode()).digest()[:7])
+
+
 def content_digest(
     where: str,
     items: Sequence[SourceItem],
@@ -116,9 +127,12 @@ def content_digest(
             "%s holds %.1f GiB: the first %d files are hashed by content, the other %d by etag, time of change or CRC",
             where, total / 2**30, hashed, len(items) - hashed,
         )  # fmt: skip
-    with ThreadPoolExecutor(_HASH_THREADS) as pool:
-        marks = [*pool.map(content_mark, items[:hashed]), *pool.map(change_mark, items[hashed:])]
     digest = hashlib.sha256()
-    for item, mark in zip(items, marks, strict=True):
-        digest.update(json.dumps([item.name, item.label, item.size, mark]).encode())
+    with ThreadPoolExecutor(_HASH_THREADS) as pool:
+        for start in range(0, len(items), _HASH_BLOCK):
+            block = items[start : start + _HASH_BLOCK]
+            by_content = max(0, hashed - start)
+            marks = [*pool.map(content_mark, block[:by_content]), *pool.map(change_mark, block[by_content:])]
+            for item, mark in zip(block, marks, strict=True):
+                digest.update(json.dumps([item.name, item.label, item.size, mark]).encode())
     return {"bytes": total, "content_sha256": digest.hexdigest()}

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, overload
 
 from PIL import Image
 
@@ -25,13 +26,47 @@ _NAMED_CLASSES = 4
 class SourceItem(NamedTuple):
     """One image of a source: name relative to the source, class number, bytes (0 where a table does not tell).
 
-    place: where the reader finds it inside an archive or table; it travels with the item, so that readers stay small.
+    place: where the reader finds it inside an archive or table, or what tells that the file was changed since; as many
+    numbers for each item of a source. It travels with the item, so that readers stay small.
     """
 
     name: str
     label: int
     size: int
     place: tuple[int, ...] = ()
+
+
+class ItemTable(Sequence[SourceItem]):
+    """Many items in 32 to 56 bytes each and their names; a list of them takes 400. A source may have millions."""
+
+    def __init__(self, items: Iterable[SourceItem]) -> None:
+        self._names, self._ends, self._numbers = bytearray(), array("q", [0]), array("q")
+        for name, label, size, place in items:
+            self._names += name.encode("utf-8", "surrogatepass")
+            self._ends.append(len(self._names))
+            self._numbers.extend((label, size, *place))
+            self._width = 2 + len(place)
+            assert len(self._numbers) == len(self) * self._width
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, i: int) -> SourceItem: ...
+
+    @overload
+    def __getitem__(self, i: slice) -> list[SourceItem]: ...
+
+    def __getitem__(self, i: int | slice) -> SourceItem | list[SourceItem]:
+        chosen = range(len(self))[i]  # IndexError beyond the end; negative numbers count from it
+        if isinstance(chosen, range):
+            return [self[k] for k in chosen]
+        name = self._names[self._ends[chosen] : self._ends[chosen + 1]].decode("utf-8", "surrogatepass")
+        label, size, *place = self._numbers[chosen * self._width : (chosen + 1) * self._width]
+        return SourceItem(name, label, size, tuple(place))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
 
 
 class Skipped(NamedTuple):
@@ -65,7 +100,7 @@ class ImageSource:
     kind: str
     reader: ImageReader
     class_names: list[str]
-    items: list[SourceItem]
+    items: ItemTable
     skipped: list[Skipped]
 
     def read(self, item: SourceItem) -> Image.Image:
@@ -104,7 +139,10 @@ class ImageSource:
 
     def listing_digest(self) -> str:
         """What differs when anybody lists other classes, names, labels, sizes or places."""
-        return _sha256([self.class_names, self.skipped, self.items])
+        digest = hashlib.sha256(_sha256([self.class_names, self.skipped]).encode())
+        for item in self.items:
+            digest.update(json.dumps(item).encode())
+        return digest.hexdigest()
 
 
 def _sha256(listing: Any) -> str:
@@ -121,9 +159,10 @@ def open_source(source: str) -> ImageSource:
                                  pattern (`train-{000..099}.tar`), or one shard
         Parquet tables           image and label column, as Hugging Face writes them: a file, folder or pattern
 
-    Names that start with a dot are no part of a data set. Other files that are not images by their suffix are
-    listed as skipped without counting as failures; an image without a label, a label without its image, a second file
-    of the same name and a class folder without images count as failures (such a class keeps its number).
+    Names that start with a dot are no part of a data set; of these, images are listed as skipped without counting as
+    failures, and so are other files that are not images by their suffix. An image without a label, a label without
+    its image, a second file of the same name and a class folder without images count as failures (such a class keeps
+    its number).
     What lies in an archive is never written to disk.
 
     Raises:

@@ -107,7 +107,7 @@ def _member(info: tarfile.TarInfo, number: int, stream: IO[bytes]) -> Member:
     if name.lower().endswith((".cls", ".json")) and info.size <= _LABEL_BYTES:
         stream.seek(info.offset_data)
         content = stream.read(info.size)
-    return Member(name, info.size, (number, info.offset_data, int(info.mtime)), content=content)
+    return Member(name, info.size, (number, info.offset_data, int(info.mtime) % 2**63), content=content)
 
 
 def resolved(members: list[Member]) -> list[Member]:

@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from repae_core.data.labels import Label, numbered
-from repae_core.data.layouts import is_hidden, is_image, not_an_image
+from repae_core.data.layouts import hidden_image, is_hidden, is_image, not_an_image
 from repae_core.data.source_location import Location
-from repae_core.data.sources import LAYOUTS, ImageSource, Skipped, SourceItem
+from repae_core.data.sources import LAYOUTS, ImageSource, ItemTable, Skipped, SourceItem
 from repae_core.data.tar_source import Member, TarReader, resolved, tar_members
 
 _LIST_THREADS = 8
@@ -66,7 +66,7 @@ def open_webdataset(location: Location, tars: Sequence[str], others: Sequence[st
         )
     classes, items = numbered(location.source, found, skipped)
     return ImageSource(
-        "webdataset", TarReader(location.url, location.path, tuple(tars)), classes, items, sorted(skipped)
+        "webdataset", TarReader(location.url, location.path, tuple(tars)), classes, ItemTable(items), sorted(skipped)
     )
 
 
@@ -74,7 +74,11 @@ def _samples(tar: str, members: list[Member], skipped: list[Skipped]) -> list[tu
     """The labelled images of one shard; what gives none is added to `skipped`."""
     samples: dict[str, dict[str, Member]] = {}
     for member in members:
-        if is_hidden(member.name.rstrip("/")) or member.name.endswith("/"):
+        if member.name.endswith("/"):
+            continue
+        if is_hidden(member.name):
+            if entry := hidden_image(member.name, f"{tar}/"):
+                skipped.append(entry)
             continue
         key, suffix = split_key(member.name)
         if member.problem:

@@ -163,10 +163,14 @@ def _encode(
 
 
 def _joined(parts: dict[str, list[Any]]) -> dict[str, Any]:
-    """Batches concatenated; features one tensor an encoder."""
-    return {
-        name: [torch.cat(of_encoder) for of_encoder in zip(*batches, strict=True)]
-        if name.startswith("features")
-        else torch.cat(batches)
-        for name, batches in parts.items()
-    }
+    """Batches concatenated, features one tensor an encoder; `parts` is emptied: all of both would be a shard twice."""
+    joined: dict[str, Any] = {}
+    while parts:
+        name, batches = parts.popitem()
+        if name.startswith("features"):
+            of_encoders = [list(of_encoder) for of_encoder in zip(*batches, strict=True)]
+            batches.clear()
+            joined[name] = [torch.cat(of_encoders.pop(0)) for _ in range(len(of_encoders))]
+        else:
+            joined[name] = torch.cat(batches)
+    return joined

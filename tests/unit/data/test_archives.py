@@ -197,7 +197,7 @@ def test_any_place_and_any_number_of_processes_give_the_same(tmp_path, kind):
     memory = fsspec.filesystem("memory")
     memory.put(str(path), f"/place/{path.name}", recursive=True)
     remote = open_source(f"memory://place/{path.name}")
-    assert remote.items == source.items
+    assert [item[:3] for item in remote.items] == [item[:3] for item in source.items]
     assert remote.content_digest() == source.content_digest()
     assert pixels_by_name(remote) == pixels_by_name(source)
     memory.rm("/place", recursive=True)
@@ -261,6 +261,7 @@ def test_names_that_leave_the_archive_are_listed_and_nothing_is_written(tmp_path
     out = "a name that points out of the archive"
     assert source.skipped == [
         Skipped("../evil.png", out),
+        Skipped(".x/1.png", "hidden: its name, or a folder's, starts with a dot", failure=False),
         Skipped("/tmp/absolute-evil.png", out),
         Skipped("a/../../evil.png", out),
         Skipped("b/1.png", "a second file of this name"),

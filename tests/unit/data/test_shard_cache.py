@@ -54,6 +54,8 @@ def test_the_least_recently_used_go(remote, tmp_path, monkeypatch):
     assert len(fetched) == 4
     kept = [path for path in (tmp_path / "cache").iterdir() if not path.suffix]
     assert sum(path.stat().st_size for path in kept) <= cache.limit_bytes
+    locks = {path.stem for path in (tmp_path / "cache").glob("*.lock")}
+    assert locks == {path.name for path in kept}, "a lock goes with its copy"
 
 
 def test_several_readers_of_one_small_cache(remote, tmp_path):

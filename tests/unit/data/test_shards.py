@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import webdataset
 from PIL import Image
+from struck_reader import StruckReader
 
 from repae_core.artifacts import Artifact, Store
 from repae_core.data.crop import center_crop
@@ -336,3 +337,11 @@ def test_memory_store(source, made):
     assert contents(other) == contents(made[0])
     assert np.array_equal(ImageShards(other).images(np.arange(4)), ImageShards(made[0]).images(np.arange(4)))
     other.store.delete(other.prefix, recursive=True)
+
+
+def test_a_killed_worker_is_an_error_that_names_its_file(source, tmp_path):
+    plan = plan_shards(len(source.items), SETTINGS["images_per_shard"], SETTINGS["seed"])
+    victim = source.items[plan[0][2]].name  # this process begins with a later shard
+    struck = dataclasses.replace(source, reader=StruckReader(source.reader, victim))
+    with pytest.raises(RuntimeError, match=rf"killed.* while reading {victim} \(for shards/00000.tar\)\. .*run again"):
+        preprocess_images(struck, artifact(tmp_path), **SETTINGS, processes=2)

@@ -1,3 +1,5 @@
+import errno
+import hashlib
 import json
 import os
 import pickle
@@ -13,7 +15,7 @@ from PIL import Image
 from repae_core.artifacts import Artifact, Store
 from repae_core.data import source_reader
 from repae_core.data.preprocess import preprocess_images
-from repae_core.data.sources import BadImageError, Skipped, open_source
+from repae_core.data.sources import BadImageError, ItemTable, Skipped, SourceItem, open_source
 from repae_core.digits.data import load_digits
 
 
@@ -54,7 +56,7 @@ def test_remote_listing_equals_the_local_one(folder):
     fs = fsspec.filesystem("memory")
     fs.put(str(folder), "/listing", recursive=True)
     local, remote = open_source(str(folder)), open_source("memory://listing")
-    assert remote.items == local.items
+    assert [item[:3] for item in remote.items] == [item[:3] for item in local.items]
     assert remote.skipped == local.skipped
     assert remote.content_digest() == local.content_digest()
     assert remote.read(remote.items[0]).size == (12, 10)
@@ -74,6 +76,34 @@ def test_links_are_followed_and_loops_end(folder, tmp_path_factory):
     assert sizes["c/y.png"] == sizes["a/y.png"] > 0
     assert len(sizes) == 5
     assert Skipped("a/z.png", "a link to nothing") in source.skipped
+    assert Skipped("a/loop/", "a link to a folder that holds it", failure=False) in source.skipped
+
+
+def test_a_link_to_itself_is_no_link_to_nothing(folder):
+    os.symlink("z.png", folder / "a" / "z.png")
+    (entry,) = (entry for entry in open_source(str(folder)).skipped if entry.name == "a/z.png")
+    assert entry == Skipped("a/z.png", "Too many levels of symbolic links")
+
+
+def test_hidden_images_are_told(folder):
+    """But not what macOS leaves, nor what is no image; a visible link into a hidden folder is followed."""
+    for name in ("a/.hidden.jpg", ".pool/1.png", "a/.old/deep/2.png", "__MACOSX/a/3.png", "a/.gitignore"):
+        write_image(folder / "x.png")
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "x.png").rename(folder / name)
+    os.symlink(".pool", folder / "c")
+    source = open_source(str(folder))
+    assert source.class_names == ["a", "b", "c"]
+    assert [item.name for item in source.items][-1] == "c/1.png"
+    hidden = [entry for entry in source.skipped if entry.name != "b/readme.txt"]
+    assert [entry.name for entry in hidden] == [".pool/1.png", "a/.hidden.jpg", "a/.old/deep/2.png"]
+    assert not any(entry.failure for entry in hidden)
+    assert all("hidden" in entry.reason for entry in hidden)
+    fs = fsspec.filesystem("memory")
+    fs.put(str(folder), "/hidden", recursive=True)
+    remote = open_source("memory://hidden").skipped
+    assert [entry for entry in remote if entry.name != "b/readme.txt"] == hidden
+    fs.rm("/hidden", recursive=True)
 
 
 def test_folders_that_link_to_each_other_are_entered_once(tmp_path):
@@ -86,7 +116,8 @@ def test_folders_that_link_to_each_other_are_entered_once(tmp_path):
     os.symlink("/", tmp_path / "x" / "everything")
     source = open_source(str(tmp_path))
     assert [item[:2] for item in source.items] == [("x/1.png", 0), ("y/1.png", 1), ("z/1.png", 2)]
-    assert len(source.skipped) == 48
+    assert len(source.skipped) == 49
+    assert Skipped("x/everything/", "a link to a folder that holds it", failure=False) in source.skipped
     assert Skipped("x/y0/", "the same folder as y/") in source.skipped
 
 
@@ -250,17 +281,21 @@ def test_a_remote_store_out_of_reach_is_no_bad_image(folder, monkeypatch):
         source.read(source.items[0])
     monkeypatch.undo()
     fs.rm("/reach/a/x.jpg")
-    with pytest.raises(BadImageError, match="file not found"):
+    with pytest.raises(ValueError, match=r"a/x\.jpg is no file any more: it changed meanwhile; run again"):
         source.read(source.items[0])
     fs.rm("/reach", recursive=True)
 
 
-def test_reasons_do_not_hold_the_place_of_the_source(folder):
+def test_reasons_do_not_hold_the_place_of_the_source(folder, monkeypatch):
     source = open_source(str(folder))
-    (folder / "a" / "x.jpg").unlink()
-    (folder / "a" / "x.jpg").mkdir()
-    with pytest.raises(BadImageError, match=r"^Is a directory$"):
-        source.read(source.items[0])
+
+    def damaged(path, mode):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("builtins.open", damaged)
+        with pytest.raises(BadImageError, match=r"^Input/output error$"):
+            source.read(source.items[0])
 
 
 def test_opened_source_travels_light(folder):
@@ -304,6 +339,49 @@ def test_a_file_that_changes_its_size_while_it_is_read_stops(tmp_path):
     changed.write_bytes(changed.read_bytes() + b"more")
     with pytest.raises(ValueError, match=f"{source.items[5].name} has .* bytes, but had .* when it was listed"):
         preprocess_images(source, Artifact(Store(str(tmp_path / "store")), "preprocess", "x"), resolution=32, seed=0)
+
+
+@pytest.mark.parametrize("what", ["gone", "folder", "same size"])
+@pytest.mark.parametrize("where", ["local", "remote"])
+def test_a_file_that_is_not_what_was_listed_stops(folder, what, where, monkeypatch):
+    """Not a bad image: the artifact would not be what its fingerprint says."""
+    fs = fsspec.filesystem("memory")
+    find, info = type(fs).find, type(fs).info
+
+    def marked(entry):
+        return entry | {"ETag": f'"{hashlib.md5(fs.cat_file(entry["name"])).hexdigest()}"'}
+
+    with_marks = lambda *a, **k: {path: marked(entry) for path, entry in find(*a, **k).items()}  # noqa: E731
+    monkeypatch.setattr(type(fs), "find", with_marks)
+    fs.put(str(folder), "/changing", recursive=True)
+    source = open_source(str(folder) if where == "local" else "memory://changing")
+    monkeypatch.setattr(type(fs), "info", lambda self, path: marked(info(self, path)))
+    path = folder / "b" / "2.png"
+    content = path.read_bytes()
+    path.unlink()
+    fs.rm("/changing/b/2.png")
+    if what == "folder":
+        path.mkdir()
+    elif what == "same size":
+        path.write_bytes(content[::-1])
+        fs.pipe_file("/changing/b/2.png", content[::-1])
+    source.read(source.items[0])
+    with pytest.raises(ValueError, match=r"b/2\.png .*it changed meanwhile; run again") as caught:
+        source.read(source.items[2])
+    assert not isinstance(caught.value, BadImageError)
+    monkeypatch.undo()
+    fs.rm("/changing", recursive=True)
+
+
+def test_many_items_take_little_memory():
+    items = [SourceItem(f"class/{i:08d}.jpg", 7, 1 << 40, (i, -1)) for i in range(1000)]
+    items.append(SourceItem("bytes-\udcff \n 漢", 0, 0, (2**63 - 1, 0)))
+    table = ItemTable(items)
+    assert table == items
+    assert (table[-1], table[10:12], len(table)) == (items[-1], items[10:12], 1001)
+    with pytest.raises(IndexError):
+        table[1001]
+    assert sum(sys.getsizeof(part) for part in vars(table).values()) < 75 * len(items)
 
 
 def test_another_listing_has_another_digest(tmp_path):
