@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import os
 
-from fastapi import FastAPI
 from prefect.server.api.server import create_app as create_prefect_app
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 
-def create_app() -> FastAPI:
-    """Prefect's app, which answers as 127.0.0.1, as localhost and by the names in REPAE_PREFECT_HOSTS ("a,b")."""
+def create_app() -> TrustedHostMiddleware:
+    """Prefect's app, which answers as 127.0.0.1, as localhost and by the names in REPAE_PREFECT_HOSTS ("a,b").
+
+    Around it, not in it: Prefect's own services (automations) call the app inside by a name of their own.
+    """
     more = [name.strip() for name in os.environ.get("REPAE_PREFECT_HOSTS", "").split(",") if name.strip()]
-    app = create_prefect_app(final=True)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", *more], www_redirect=False)
-    return app
+    names = ["127.0.0.1", "localhost", *more]
+    return TrustedHostMiddleware(create_prefect_app(final=True), allowed_hosts=names, www_redirect=False)

@@ -110,7 +110,7 @@ def made_images(store: Store, fingerprint: str) -> str:
     index = made.read_json("index.json")
     return (
         f"{index['num_images']} in {index['num_classes']} classes; {index['num_skipped']} names failed, "
-        f"{index['num_other_files']} others are no images: {made.uri}/skipped.jsonl"
+        f"{index['num_other_files']} others are left out: {made.uri}/skipped.jsonl"
     )
 
 

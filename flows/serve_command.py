@@ -12,6 +12,7 @@ import time
 import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from uuid import UUID
 
 import psutil
 
@@ -73,33 +74,42 @@ def serve(prefect_port: int, mlflow_port: int) -> None:
             "  prefect deployment run full-pipeline/dev --watch\nCtrl-C ends all.",
             flush=True,
         )
-        try:
-            while True:
-                _require_running(running, logs)
-                time.sleep(1)
-        except KeyboardInterrupt:
-            _cancel_runs()
+        _watch(running, logs)
+
+
+def _watch(running: Mapping[str, subprocess.Popen[bytes]], logs: Path) -> None:
+    try:
+        while True:
+            _require_running(running, logs)
+            time.sleep(1)
+    except KeyboardInterrupt:
+        _cancel_runs()
 
 
 def _cancel_runs() -> None:
-    """As `prefect flow-run cancel`: a run that is only killed counts as running, and starts again by itself."""
+    """As `prefect flow-run cancel`: a run that is only killed counts as running, and starts again by itself.
+
+    Of the worker's pool alone: what runs in other terminals does not listen.
+    """
     # Here, not above: Prefect reads PREFECT_API_URL once, and `serve` sets it.
     from prefect.client.orchestration import get_client
-    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
-    from prefect.client.schemas.objects import StateType
+    from prefect.client.schemas.filters import FlowRunFilter, WorkPoolFilter
     from prefect.states import Cancelling
 
-    under_way = FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING, StateType.CANCELLING])
-    wanted = FlowRunFilter(state=FlowRunFilterState(type=under_way))
+    under_way = FlowRunFilter.model_validate({"state": {"type": {"any_": ["RUNNING", "PENDING"]}}})
+    pool = WorkPoolFilter.model_validate({"name": {"any_": [WORK_POOL]}})
+    told: list[UUID] = []
     deadline = time.monotonic() + _CANCEL_SECONDS
     with get_client(sync_client=True) as client:
-        runs = client.read_flow_runs(flow_run_filter=wanted)
-        for run in runs:
-            print(f"cancelling {run.name}", flush=True)
-            client.set_flow_run_state(run.id, Cancelling())
-        while runs and time.monotonic() < deadline:
+        while time.monotonic() < deadline:
+            for run in client.read_flow_runs(flow_run_filter=under_way, work_pool_filter=pool):  # the worker still asks
+                print(f"cancelling {run.name}", flush=True)
+                client.set_flow_run_state(run.id, Cancelling())
+                told.append(run.id)
+            ending = FlowRunFilter.model_validate({"id": {"any_": told}, "state": {"type": {"any_": ["CANCELLING"]}}})
+            if not told or not client.read_flow_runs(flow_run_filter=ending):
+                return
             time.sleep(0.5)
-            runs = client.read_flow_runs(flow_run_filter=wanted)
 
 
 def _require_free(option: str, port: int) -> None:

@@ -105,7 +105,7 @@ def on_this_machine(function: Callable[..., Any]) -> Any:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    settings = {name: os.environ[name] for name in _QUIET if name in os.environ}
+    settings = {n: value for n, value in os.environ.items() if n in _QUIET or n.startswith("RAY_TRAIN_")}
     decorate: Any = ray.remote(
         num_cpus=0, max_retries=0, scheduling_strategy=cast(Any, here), runtime_env={"env_vars": settings}
     )

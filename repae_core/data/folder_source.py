@@ -43,7 +43,7 @@ class FolderReader(StoredReader):
 
     def _read_local(self, path: str) -> tuple[bytes, int]:
         with open(path, "rb") as file:  # a tenth of the time that fsspec takes to open it
-            return file.read(), os.fstat(file.fileno()).st_mtime_ns
+            return file.read(), _time_mark(os.fstat(file.fileno()))
 
     def _read_remote(self, path: str) -> tuple[bytes, int]:
         # A second request: fsspec does not hand on the ETag that comes with the content.
@@ -149,8 +149,15 @@ def _is_followed(listing: Listing, name: str, path: str) -> bool:
     return True
 
 
+def _time_mark(status: os.stat_result) -> int:
+    """Time of the last change in an int64: file systems keep years for which nanoseconds do not fit."""
+    return status.st_mtime_ns % 2**63
+
+
 def _list_hidden(listing: Listing, start: str, path: str) -> None:
     """Images below a hidden folder, no links followed: a visible link may still lead there."""
+    if os.path.islink(path):
+        return
     for folder, _, names in os.walk(path):
         for name in names:
             listing.skip(os.path.join(start, os.path.relpath(os.path.join(folder, name), path)), "")
@@ -164,6 +171,6 @@ def _add(listing: Listing, name: str, path: str) -> None:
         listing.skip(name, "a link to nothing" if nothing else error.strerror or "cannot be read")
         return
     if stat.S_ISREG(status.st_mode):
-        listing.add(name, status.st_size, (status.st_mtime_ns,))
+        listing.add(name, status.st_size, (_time_mark(status),))
     else:
         listing.skip(name, "a pipe, socket or device")

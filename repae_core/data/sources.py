@@ -134,7 +134,7 @@ class ImageSource:
         return (
             f"{len(self.items)} images in {len(self.class_names)} classes ({classes}{more})"
             + (f", {empty} of them without images" if empty else "")
-            + f"; {failures} names failed, {len(self.skipped) - failures} others are no images"
+            + f"; {failures} names failed, {len(self.skipped) - failures} others are left out"
         )
 
     def listing_digest(self) -> str:

@@ -90,8 +90,9 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     status = Path("/proc/self/status")  # ru_maxrss counts what the parent had before this program was started
-    if status.exists():
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
+    _, _, own = status.read_text().partition("VmHWM:") if status.exists() else ("", "", "")
+    if own:
+        return int(own.split()[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

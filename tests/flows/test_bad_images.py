@@ -39,7 +39,7 @@ def test_the_stage_finishes_and_lists_them(preprocess, images, tmp_path):
     assert "Traceback" not in output
     found, skipped = len(bad_images.GOOD | bad_images.LINKED), len(bad_images.OTHER)
     failed = len(bad_images.BAD | bad_images.LINKED_BAD | bad_images.EMPTY_CLASS)
-    assert f"Images   {found} in 3 classes; {failed} names failed, {skipped} others are no images: /" in output
+    assert f"Images   {found} in 3 classes; {failed} names failed, {skipped} others are left out: /" in output
     store = Store(str(tmp_path / "store"))
     (manifest,) = (tmp_path / "store" / "preprocess").glob("*/manifest.json")
     lines = [json.loads(line) for line in (manifest.parent / "skipped.jsonl").read_text().splitlines()]
@@ -77,7 +77,7 @@ def test_the_plan_tells_what_was_listed_and_refuses_what_the_stage_would(tmp_pat
         path.write_bytes(bad_images.good_files()["odd/plain.png"])
     config, store = [f"preprocess.source={tmp_path / 'images'}"], str(tmp_path / "store")
     print_plan("quickstart", config, store, [])
-    listed = "Images   3 images in 2 classes (train, val); 0 names failed, 0 others are no images"
+    listed = "Images   3 images in 2 classes (train, val); 0 names failed, 0 others are left out"
     assert listed in capsys.readouterr().out
     (tmp_path / "images" / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty/: class folder without images .*max_skipped_fraction allows 0"):

@@ -6,11 +6,16 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from datetime import UTC, datetime
 from unittest import mock
+from uuid import uuid4
 
 import pytest
+from prefect import flow
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import StateType
 from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Running
 from served import free_port
 
 from flows.environment import prepare_environment
@@ -54,16 +59,39 @@ def server(home, tmp_path):
     with mock.patch.dict(os.environ, kept, clear=True):
         prepare_environment()
         server = Server(tmp_path)
-        server.start()
-        yield server
-        server.process.kill()
-        server.process.wait()
+        try:
+            server.start()
+            yield server
+        finally:
+            server.process.kill()
+            server.process.wait()
 
 
 def test_only_its_own_names_are_answered(server):
     assert server.status(f"localhost:{server.port}") == 200
     for foreign in ("evil.example.org", f"prefect:{server.port}", "127.0.0.1.evil.example.org"):
         assert server.status(foreign) == 400, foreign
+
+
+AUTOMATION = {
+    "name": "of the test",
+    "trigger": {"type": "event", "posture": "Reactive", "expect": ["ping"], "threshold": 1, "within": 0},
+    "actions": [{"type": "change-flow-run-state", "state": "CANCELLED", "force": True}],
+}
+
+
+def test_automations_reach_the_server_they_run_in(server):
+    """Their actions call the API by a name that no other caller may use."""
+    with temporary_settings({PREFECT_API_URL: server.url}), get_client(sync_client=True) as client:
+        run = client.create_flow_run(flow(lambda: None, name="waits"), state=Running())
+        client.request("POST", "/automations/", json=AUTOMATION).raise_for_status()
+        ping = {"event": "ping", "resource": {"prefect.resource.id": f"prefect.flow-run.{run.id}"}, "id": str(uuid4()),
+                "occurred": datetime.now(UTC).isoformat(), "payload": {}}  # fmt: skip
+        deadline = time.monotonic() + 60
+        while client.read_flow_run(run.id).state.type != StateType.CANCELLED:
+            assert time.monotonic() < deadline, server.log.read_text()
+            client.request("POST", "/events", json=[ping | {"id": str(uuid4())}]).raise_for_status()
+            time.sleep(2)
 
 
 def test_a_restarted_server_ends_no_training_and_frees_the_slot_after_it(server, monkeypatch):

@@ -47,6 +47,7 @@ def test_every_service_is_confined(environment_file):
         if name not in ("postgres", "s3"):
             assert service["read_only"], name
     assert services["ray-worker"]["deploy"]["replicas"] == 2
+    assert services["prefect"]["environment"]["REPAE_PREFECT_HOSTS"].split(",")[0] == "prefect"
 
 
 def test_without_secrets_it_does_not_start(tmp_path):

@@ -85,6 +85,20 @@ def test_a_link_to_itself_is_no_link_to_nothing(folder):
     assert entry == Skipped("a/z.png", "Too many levels of symbolic links")
 
 
+def test_times_beyond_64_bits_are_listed_and_read(folder):
+    far, first = 2**63 + 10**15, open_source(str(folder)).items[0].name
+    os.utime(folder / first, ns=(far, far))
+    source = open_source(str(folder))
+    assert source.items[0].name == first
+    assert all(source.read(item).size for item in source.items)
+
+
+def test_hidden_links_are_not_followed(folder):
+    before = open_source(str(folder)).skipped
+    os.symlink(".", folder / ".up")
+    assert open_source(str(folder)).skipped == before
+
+
 def test_hidden_images_are_told(folder):
     """But not what macOS leaves, nor what is no image; a visible link into a hidden folder is followed."""
     for name in ("a/.hidden.jpg", ".pool/1.png", "a/.old/deep/2.png", "__MACOSX/a/3.png", "a/.gitignore"):
