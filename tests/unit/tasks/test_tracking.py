@@ -65,4 +65,5 @@ def test_registered_artifacts_are_known_under_any_models_name(home, artifact):
         tracker.register_model(run, "repae-vae", {"x.json": b"{}"}, {"artifact": "/store/extract-vae/2"})
         tracker.register_model(run, "of-somebody-else", {"x.json": b"{}"}, {})
     tracker.client.rename_registered_model("repae-sit", "our best")
-    assert tracker.registered_artifacts() == {"/store/train-ldm/1", "/store/extract-vae/2"}
+    known = {uri for uri in tracker.registered_artifacts() if uri.startswith("/store/")}  # other tests register, too
+    assert known == {"/store/train-ldm/1", "/store/extract-vae/2"}
