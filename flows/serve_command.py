@@ -122,16 +122,10 @@ def _require_free(option: str, port: int) -> None:
 
 
 def _prefect_server(port: int) -> list[str]:
-    program = [
-        sys.executable,
-        "-m",
-        "uvicorn",
-        "--factory",
-        "flows.prefect_server:create_app",
-        "--log-level",
-        "warning",
-    ]
-    return [*program, "--host", HOST, "--port", str(port)]
+    return [
+        sys.executable, "-m", "uvicorn", "--factory", "flows.prefect_server:create_app",
+        "--host", HOST, "--port", str(port), "--log-level", "warning",
+    ]  # fmt: skip
 
 
 def _mlflow_server(port: int, home: Path) -> list[str]:

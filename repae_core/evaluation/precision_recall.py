@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_CHUNK = 2048
+CHUNK = 2048  # rows of a distance matrix at once
 
 
 def precision_recall(
@@ -31,15 +31,18 @@ def precision_recall(
 def _radii(features: Tensor, neighbours: int) -> Tensor:
     # The image itself is one of the nearest, at distance 0.
     return torch.cat(
-        [_distances(chunk, features).kthvalue(neighbours + 1, dim=1).values for chunk in features.split(_CHUNK)]
+        [exact_distances(chunk, features).kthvalue(neighbours + 1, dim=1).values for chunk in features.split(CHUNK)]
     )
 
 
 def _share_inside(points: Tensor, centres: Tensor, radii: Tensor) -> float:
-    inside = [(_distances(chunk, centres) <= radii).any(dim=1) for chunk in points.split(_CHUNK)]
+    inside = [(exact_distances(chunk, centres) <= radii).any(dim=1) for chunk in points.split(CHUNK)]
     return float(torch.cat(inside).double().mean())
 
 
-def _distances(a: Tensor, b: Tensor) -> Tensor:
-    # Without the matrix-product shortcut, whose rounding puts an image at a distance from itself.
+def exact_distances(a: Tensor, b: Tensor) -> Tensor:
+    """Euclidean distances [Q,N] of features [Q,D] and [N,D].
+
+    Without the matrix-product shortcut, whose rounding puts an image at a distance from itself and its copies.
+    """
     return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")

@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from repae_core.evaluation.grids import image_grid, png_bytes
+from repae_core.evaluation.precision_recall import CHUNK, exact_distances
 from repae_core.models import KLVAE
-
-_CHUNK = 2048  # rows of a distance matrix at once
 
 
 @torch.no_grad()
@@ -103,10 +102,9 @@ def _nearest(
 ) -> tuple[Tensor, Tensor]:
     """Numbers and distances [Q,count] of the nearest rows of `real`, in parts: 50,000 x 10,000 distances are 4 GB."""
     real, numbers, values = real.to(device, torch.float64), [], []
-    for start in range(0, len(features), _CHUNK):
-        part = features[start : start + _CHUNK].to(device, torch.float64)
-        # Without the matrix-product shortcut, whose rounding puts an image at a distance from itself and its copies.
-        distances = torch.cdist(part, real, compute_mode="donot_use_mm_for_euclid_dist")
+    for start in range(0, len(features), CHUNK):
+        part = features[start : start + CHUNK].to(device, torch.float64)
+        distances = exact_distances(part, real)
         if itself:
             rows = torch.arange(len(part), device=device)
             distances[rows, start + rows] = torch.inf

@@ -28,7 +28,7 @@ def test_copies_and_fresh_draws(width, most):
 
 def test_among_real_images_only_the_image_itself_is_left_out(monkeypatch):
     """By its index, in every part of the rows: a duplicate is a neighbour at distance 0."""
-    monkeypatch.setattr(latent_pictures, "_CHUNK", 3)
+    monkeypatch.setattr(latent_pictures, "CHUNK", 3)
     real = torch.tensor([[0.0], [1.0], [3.0], [7.0], [15.0], [31.0], [63.0]])
     assert nearest_distances(real, real).tolist() == [0.0] * 7
     assert nearest_distances(real, real, itself=True).tolist() == [1, 1, 2, 4, 8, 16, 32]
@@ -43,7 +43,7 @@ def test_nearest_neighbours_in_parts_are_those_of_the_whole(monkeypatch):
     samples, real = draws(11, 16, 0), draws(30, 16, 1)
     pictures = torch.zeros(7, 3, 4, 4, dtype=torch.uint8)
     expected = torch.cdist(samples[:7].double(), real.double()).topk(5, dim=1, largest=False)
-    monkeypatch.setattr(latent_pictures, "_CHUNK", 3)
+    monkeypatch.setattr(latent_pictures, "CHUNK", 3)
     indices, distances = nearest_neighbours(pictures, samples, real, count=5)
     assert torch.equal(indices, expected.indices)
     torch.testing.assert_close(distances, expected.values)
