@@ -5,22 +5,13 @@ from __future__ import annotations
 import base64
 import os
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dotenv import dotenv_values
+
 ROOT = Path(__file__).resolve().parents[1]
 BUCKETS = ("repae", "mlflow")
-
-
-def _settings(text: str) -> Iterator[tuple[str, str]]:
-    """Name and value of each line, without the quotes that Docker Compose takes off, too."""
-    for line in text.splitlines():
-        name, equals, value = line.strip().partition("=")
-        if equals and not name.startswith("#"):
-            value = value.strip()
-            quoted = len(value) >= 2 and value[0] == value[-1] and value[0] in "'\""
-            yield name.removeprefix("export ").strip(), value[1:-1] if quoted else value
 
 
 class Stack:
@@ -36,7 +27,7 @@ class Stack:
             raise SystemExit(
                 f"{ROOT / '.env'} is missing: `make stack` makes it, and a backup needs the one of its time"
             )
-        self.variables = dict(_settings((ROOT / ".env").read_text()))
+        self.variables = {k: v or "" for k, v in dotenv_values(ROOT / ".env").items()}
         self.written = frozenset(self.variables)
         self.variables |= os.environ
 

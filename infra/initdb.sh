@@ -3,9 +3,9 @@
 set -eu
 for name in prefect mlflow; do
   variable=$(echo "${name}_DB_PASSWORD" | tr '[:lower:]' '[:upper:]')
-  eval "password=\$$variable"
   psql --set=ON_ERROR_STOP=1 --username "$POSTGRES_USER" --dbname postgres \
-    --set=name="$name" --set=password="$password" <<'SQL'
+    --set=name="$name" --set=variable="$variable" <<'SQL'
+\getenv password :variable
 CREATE USER :"name" PASSWORD :'password';
 CREATE DATABASE :"name" OWNER :"name";
 REVOKE ALL ON DATABASE :"name" FROM PUBLIC;

@@ -55,15 +55,15 @@ def _discriminator_buffers(state: LDMState) -> list[dict[str, Tensor]]:
 
 
 def load_checkpoint(
-    folder: Artifact, images_seen: int, state: LDMState, *, rounding: Mapping[str, Any] | None = None
+    folder: Artifact, images_seen: int, state: LDMState, *, fixed: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """Fill `state` from a committed checkpoint; returns its record.
 
-    rounding: settings that decide how sums round, as `LoopSettings.rounding`.
+    fixed: settings that must be as they were, `LoopSettings.fixed`.
 
     Raises:
         ValueError: it was written by another number of workers (the discriminator's statistics are theirs) or with
-            other rounding, has no moving average of the VAE where this run keeps one, or is not as it was committed.
+            other fixed settings, has no moving average of the VAE where this run keeps one, or is not as committed.
     """
     files = CommittedFiles(folder, images_seen)
     record: dict[str, Any] = json.loads(files.read("state.json"))
@@ -72,7 +72,7 @@ def load_checkpoint(
             f"{folder.uri}: checkpoint {images_seen} was written by {record['world_size']} worker(s), this run has "
             f"{state.group.world_size}; set workers={record['world_size']}, or --force the stage to start anew"
         )
-    for setting, ours in (rounding or {}).items():
+    for setting, ours in (fixed or {}).items():
         theirs = record.get(setting, record.get(_FORMER_NAMES.get(setting, ""), ours))
         if theirs != ours:
             raise ValueError(

@@ -58,8 +58,8 @@ Report = Callable[[Progress], None]
 class LoopSettings:
     """Intervals are in steps; 0 previews or kept checkpoints = none.
 
-    rounding: settings that decide how sums round (micro-batches, compilation): a checkpoint is continued only with the
-    ones it was written with.
+    fixed: settings that a checkpoint is continued only with as it was written: those that decide how sums round
+    (micro-batches, compilation), and where the VAE's warm-up ends.
     step_timeout: seconds after which a step counts as hanging and ends the process; 0 = max(120 s, 10 x median),
     None = never.
     """
@@ -72,7 +72,7 @@ class LoopSettings:
     preview_every: int
     keep_checkpoints_every: int = 0
     checkpoint_queue: int = 2
-    rounding: dict[str, Any] = field(default_factory=dict)
+    fixed: dict[str, Any] = field(default_factory=dict)
     step_timeout: float | None = None
 
 
@@ -81,7 +81,7 @@ class TrainingLoop:
 
     record: what a checkpoint keeps beside the state (model specs, threads); the metric history joins it.
     guard: called before each commit, raises when the stage's lease is lost. preempted: asked after each step, by
-    all ranks and with one answer; the first True makes a checkpoint at once.
+    all ranks and with one answer; a True after a False makes a checkpoint at once.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class TrainingLoop:
         self.state = state
         self.folder = folder
         self.settings = settings
-        self.record = record | settings.rounding
+        self.record = record | settings.fixed
         self.report = report
         self.guard = guard
         self.preempted = preempted
@@ -123,7 +123,7 @@ class TrainingLoop:
                 f"{origin.uri} has seen {seen} images; this run of {s.total_steps} steps of {s.batch_size} images "
                 "must be longer, by whole batches: see init_from, batch_size and max_steps"
             )
-        record = load_checkpoint(origin, seen, self.state, rounding=s.rounding)
+        record = load_checkpoint(origin, seen, self.state, fixed=s.fixed)
         self.history = record["history"]
         self.start_step = record["images_seen"] // s.batch_size
         logger.info("continued from checkpoint %d of %s", seen, origin.uri)
@@ -146,7 +146,7 @@ class TrainingLoop:
             NonFiniteLossError: a gradient of a step whose weights are to be kept was NaN or infinite.
         """
         s = self.settings
-        last_report, saved_for_preemption = time.monotonic(), False
+        last_report, announced = time.monotonic(), False
         writer = CheckpointWriter(
             self.folder,
             self.state,
@@ -168,13 +168,13 @@ class TrainingLoop:
                     with self.state.timer("preview"):
                         pictures = preview(done)
                     self._send_pictures(writer, done, pictures)
-                leaving = not saved_for_preemption and self.preempted()
+                before, announced = announced, self.preempted()
+                leaving = announced and not before
                 if leaving or done % s.checkpoint_every == 0 or last:
                     require_finite_gradients(metrics, self.state.networks())
                     writer.save(self.record | {"images_seen": done * s.batch_size, "history": self.history})
                 if leaving:
                     logger.warning("this machine is about to be taken away: checkpoint at step %d", done)
-                    saved_for_preemption = True
                     writer.flush()
                 writer.check()
                 if self.watchdog:

@@ -86,7 +86,11 @@ class TrainingRun(ABC):
             preview_every=s.preview_every,
             keep_checkpoints_every=s.keep_checkpoints_every,
             checkpoint_queue=s.checkpoint_queue,
-            rounding={"gradient_accumulation_steps": s.gradient_accumulation_steps, "compile": s.compile},
+            fixed={
+                "gradient_accumulation_steps": s.gradient_accumulation_steps,
+                "compile": s.compile,
+                "vae_warmup_steps": s.total_steps - s.max_steps,
+            },
             step_timeout=s.step_timeout if s.workers else None,
         )
         record = record | self.specs() | {"batch_size": s.batch_size}

@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from repae_core.losses.perceptual import HalfPrecisionTrunk
 from repae_core.models.batch_norm import GlobalBatchNorm2d
 from repae_core.models.recompute import RecomputableBlock
+from repae_core.models.vae import Upsample
 from repae_core.training.distributed import Group
 from repae_core.training.draws import Draws
 from repae_core.training.optim import Network
@@ -146,8 +147,8 @@ def image_flops(
 def stand_in(module: nn.Module) -> Any:
     """A copy of a network on the meta device: shapes without values, so it costs no memory.
 
-    Batch norms over all workers are left out (they would wait for the others, and normalising counts nothing), and
-    nothing is computed twice.
+    Batch norms over all workers are left out (they would wait for the others, and normalising counts nothing),
+    nothing is computed twice, and layers that are computed in another way count as they are defined.
     """
     tensors: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in module.parameters()}
     tensors |= {id(b): b.to("meta") for b in module.buffers()}
@@ -155,6 +156,8 @@ def stand_in(module: nn.Module) -> Any:
     for parent in list(twin.modules()):
         if isinstance(parent, RecomputableBlock):
             parent.recompute = False
+        elif isinstance(parent, Upsample):
+            parent.as_defined = True
         for name, child in list(parent.named_children()):
             if isinstance(child, GlobalBatchNorm2d):
                 setattr(parent, name, nn.Identity())

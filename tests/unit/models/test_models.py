@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from repae_core.models import DiagonalGaussian, LatentNorm, build_discriminator, build_sit, build_vae, drop_labels
+from repae_core.models.vae import Upsample
 
 SIT = {"input_size": 8, "in_channels": 4, "num_classes": 10, "z_dims": [12, 7], "encoder_depth": 2}
 TINY_VAE = {"base_channels": 8, "channel_multipliers": (1, 2), "num_res_blocks": 1, "norm_groups": 4}
@@ -77,6 +78,19 @@ def test_vae_round_trip_of_shapes():
 def test_vae_errors(architecture, message):
     with pytest.raises(ValueError, match=message):
         build_vae(architecture)
+
+
+def test_upsample_is_doubling_and_a_convolution():
+    """Output and every gradient, on an image that is not square."""
+    torch.manual_seed(0)
+    layer, x = Upsample(5).double(), torch.randn(2, 5, 3, 4, dtype=torch.float64, requires_grad=True)
+    found = []
+    for layer.as_defined in (False, True):
+        y = layer(x)
+        weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
+        found.append([y, *torch.autograd.grad((y * weights).sum(), [x, layer.conv.weight, layer.conv.bias])])
+    assert found[0][0].shape == (2, 5, 6, 8)
+    torch.testing.assert_close(found[0], found[1], atol=1e-13, rtol=0)
 
 
 def test_gaussian_draws_belong_to_the_image():

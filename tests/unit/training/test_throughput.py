@@ -5,12 +5,14 @@ import time
 import pytest
 import tiny
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from repae_core.artifacts import Artifact, Store
 from repae_core.artifacts.checkpoints import committed_checkpoints
 from repae_core.diffusion import Interpolant
 from repae_core.models import SiT
 from repae_core.models.recompute import recompute_activations
+from repae_core.models.vae import Upsample
 from repae_core.training.ablation_steps import frozen_vae_step, naive_end_to_end_step
 from repae_core.training.compiled import compile_blocks
 from repae_core.training.distributed import open_group
@@ -19,7 +21,7 @@ from repae_core.training.ldm_step import ldm_step
 from repae_core.training.optim import Network
 from repae_core.training.repae_step import repae_step, vae_warmup_step
 from repae_core.training.state import FlowObjective, LDMState
-from repae_core.training.throughput import ThroughputMeter, image_flops, matmul_peak, peak_memory
+from repae_core.training.throughput import ThroughputMeter, image_flops, matmul_peak, peak_memory, stand_in
 from repae_core.training.timing import PhaseTimer
 
 CPU = torch.device("cpu")
@@ -71,6 +73,12 @@ def test_recomputed_activations_count_once_and_nothing_is_compiled():
     compile_blocks(state.sit.module)
     objective = FlowObjective(Interpolant("linear"))
     assert image_flops(ldm_step, state, objective, image_side=32) == 3 * hand_count()[0] - hand_count()[1]
+
+
+def test_a_layer_computed_in_a_shorter_way_counts_as_defined():
+    with FlopCounterMode(display=False) as counter:
+        stand_in(Upsample(4))(torch.empty(1, 4, 8, 8, device="meta"))
+    assert counter.get_total_flops() == linear(16 * 16, 9 * 4, 4)
 
 
 @pytest.fixture

@@ -76,17 +76,13 @@ def test_resume_is_exact(config, images, tmp_path):
 
 
 def test_a_preemption_makes_a_checkpoint_at_once(config, images, tmp_path):
-    """One, however often it is announced; asked after every step."""
-    out, asked = folder(tmp_path), []
-
-    def preempted() -> bool:
-        asked.append(None)
-        return len(asked) >= 3
+    """One an announcement, however long that lasts; the machine may stay and be announced again."""
+    out, answers = folder(tmp_path), iter([False, True, True, False, True, True])
 
     keep = config.train_repae.model_copy(update={"checkpoint_every": 100, "keep_checkpoints": 9})
     run = start(config.model_copy(update={"train_repae": keep}), images, out)
-    run.run(report=lambda progress: None, guard=lambda: None, record={}, preempted=preempted)
-    assert committed_checkpoints(out) == [3 * 8, 6 * 8]  # at once, and at the end
+    run.run(report=lambda progress: None, guard=lambda: None, record={}, preempted=lambda: next(answers))
+    assert committed_checkpoints(out) == [2 * 8, 5 * 8, 6 * 8]  # at once twice, and at the end
 
 
 def test_a_lost_lease_prevents_the_commit(config, images, tmp_path):
@@ -195,6 +191,17 @@ def test_a_run_that_continues_another_keeps_its_untuned_vae(config, images, tmp_
     continued = start(config.model_copy(update={"train_repae": more}), images, long)
     continued.run(report=lambda progress: None, guard=lambda: None, record={}, init_from=short)
     assert long.read_bytes(UNTUNED_VAE) == short.read_bytes(UNTUNED_VAE)
+
+
+def test_a_run_that_continues_another_has_its_warm_up(config, images, tmp_path):
+    """Steps count from the start of the warm-up: another one would train the VAE alone in the middle of the run."""
+    short, long = (Artifact(Store(str(tmp_path)), "train-repae", name) for name in ("short", "long"))
+    train(start(config, images, short))
+    more = config.train_repae.model_copy(update={"vae_warmup_steps": 9})
+    continued = start(config.model_copy(update={"train_repae": more}), images, long)
+    with pytest.raises(ValueError, match="written with vae_warmup_steps=2, this run has 9"):
+        continued.run(report=lambda progress: None, guard=lambda: None, record={}, init_from=short)
+    assert committed_checkpoints(long) == []
 
 
 def test_a_network_that_no_loss_has_reached_stays(config, images, tmp_path):
