@@ -25,7 +25,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+from flows.environment import THREADS_AND_MEMORY
+
+os.environ.update(THREADS_AND_MEMORY | os.environ)
 
 import numpy as np
 from data_stages import SIDE, cache_latents, counted, f8d4, preprocess, write_photos

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # for the processes that are started from here
+from flows.environment import THREADS_AND_MEMORY
+
+os.environ.update(THREADS_AND_MEMORY | os.environ)
 
 import torch
 
@@ -101,9 +102,11 @@ class Stepper:
     group: Group
     state: LDMState = field(init=False)
     frozen_bytes: int = field(init=False, default=0)  # of encoders and the perceptual network
+    cached: bool = field(init=False)  # latent-only: features come from the cache
     step: Callable[[], dict[str, torch.Tensor]] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.cached = self.case.cached
         build = self._joint if self.case.stage == "repae" else self._latent_only
         self.state, self.step = build(self.case.config())
 
@@ -137,11 +140,11 @@ class Stepper:
         pixels, labels = self._inputs()
         self.frozen_bytes = sum(p.nbytes for m in encoders.modules for p in m.parameters())
         z = torch.randn(len(labels), channels, side, side, device=device)
-        cached = encoders(pixels) if self.case.cached else None
+        cached = encoders(pixels)
 
         def step() -> dict[str, torch.Tensor]:
             with state.timer("encoder"):
-                features = encoders(pixels) if cached is None else cached
+                features = cached if self.cached else encoders(pixels)
             batch = Batch(labels, features, latents=z)
             return ldm_step(state, batch, objective, new_draws(state, batch, objective))
 

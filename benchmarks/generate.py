@@ -17,7 +17,9 @@ import statistics
 import time
 from collections.abc import Callable
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+from flows.environment import THREADS_AND_MEMORY
+
+os.environ.update(THREADS_AND_MEMORY | os.environ)
 
 import torch
 

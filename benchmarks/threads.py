@@ -19,11 +19,19 @@ import tempfile
 import time
 from collections.abc import Iterator
 
-CASES = [  # workers, threads of each, OMP_WAIT_POLICY ("" = OpenMP's default, which spins)
-    (1, 1, "passive"),
-    (1, 2, ""),
+from flows.environment import THREADS_AND_MEMORY
+
+POLICIES = {  # how idle threads wait
+    "spin": {},  # OpenMP's default
+    "passive": {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"},
+    "repae": {name: THREADS_AND_MEMORY[name] for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")},
+}
+CASES = [  # workers, threads of each, policy
+    (1, 1, "repae"),
+    (1, 2, "spin"),
     (1, 2, "passive"),
-    (2, 1, "passive"),
+    (1, 2, "repae"),
+    (2, 1, "repae"),
 ]
 
 
@@ -48,13 +56,12 @@ def main() -> None:
             seconds = run_case(store, chosen.steps, workers, threads, policy)
             base = base or seconds
             ratios = " ".join(f"{s / b:6.2f}" for s, b in zip(seconds, base, strict=True))
-            name = policy or "default"
-            print(f"{workers:8} {threads:8} {name:>8} {seconds[0]:10.3f} {seconds[1]:8.3f} {ratios:>12}", flush=True)
+            print(f"{workers:8} {threads:8} {policy:>8} {seconds[0]:10.3f} {seconds[1]:8.3f} {ratios:>12}", flush=True)
 
 
 def run_case(store: str, steps: int, workers: int, threads: int, policy: str) -> list[float]:
-    environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "OMP_NUM_THREADS")}
-    environment |= {"OMP_NUM_THREADS": str(threads)} | ({"OMP_WAIT_POLICY": policy} if policy else {})
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
+    environment |= {"OMP_NUM_THREADS": str(threads)} | POLICIES[policy]
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     started = []

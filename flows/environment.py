@@ -13,6 +13,7 @@ THREADS_AND_MEMORY = {
     # Idle OpenMP threads that spin steal the cores from whoever else works: ten times slower on a busy
     # machine. A short spin keeps two threads fast on a quiet one (docs/environment.md has the figures).
     "OMP_WAIT_POLICY": "passive",
+    "GOMP_SPINCOUNT": "3000",
     # Read when a process starts, so for the training workers that this one starts (host_memory.py).
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }

@@ -292,6 +292,26 @@ def test_step_clips_and_reports_the_norm_before():
     assert layer.weight.grad is None
 
 
+@pytest.mark.parametrize("norm", [0.5, 1.0, 4.0])
+def test_clipping_is_torchs(norm):
+    """Above and below the limit; matrices, channels-last kernels, vectors and scalars."""
+    torch.manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in [(5, 3), (4, 3, 2, 2), (7,), ()]]
+    parameters[1].data = parameters[1].data.to(memory_format=torch.channels_last)
+    module = torch.nn.ParameterList(parameters)
+    network = Network(module, module, learning_rate=0.1, epsilon=1.0)
+    for p in parameters:
+        p.grad = torch.randn_like(p)
+    whole = torch.cat([p.grad.flatten().double() for p in parameters]).norm()
+    expected = []
+    for p in parameters:
+        p.grad.mul_(norm / whole)
+        expected.append(p.grad.double() * min(1.0, 1 / norm))
+    assert float(network.step(1.0)) == pytest.approx(norm, rel=1e-6)
+    for p, g in zip(parameters, expected, strict=True):  # AdamW's first step
+        torch.testing.assert_close(p.data.double(), -0.1 * g / (g.abs() + 1), rtol=1e-5, atol=1e-9)
+
+
 def test_fewer_classes_than_the_data_are_refused(config, images, tmp_path):
     section = config.train_repae.model_copy(update={"num_classes": 2})
     with pytest.raises(ValueError, match="num_classes=2, but the data set has 3 classes"):
