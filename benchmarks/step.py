@@ -61,30 +61,37 @@ def measure(case: Case, steps: int) -> dict[str, Any]:
         before = _resident_bytes(case)
         peaks = [measured_peaks(case)]
         stepper = Stepper(case, open_group(use_gpu=case.device != "cpu"))
-        timer, executed, defined = stepper.state.timer, PhaseFlops(), PhaseFlops()
-        stepper.state.timer = executed  # type: ignore[assignment]
-        metrics = stepper.step()
-        stepper.state.timer = defined  # type: ignore[assignment]
-        with layers_as_defined(stepper.state):
-            stepper.step()
-        stepper.state.timer = timer
+        timer, metrics = stepper.state.timer, stepper.step()
         stepper.timed_step()
         timer.take()
         taken = [(stepper.timed_step(), timer.take()) for _ in range(steps)]
         memory = peak_memory(torch.device(case.device))
         peaks.append(measured_peaks(case))
         pairs = alternating(stepper, steps) if case.stage == "ldm" and not case.cached else None
+        executed, defined = count_flops(stepper)  # last: counting takes memory
     return {
         "step": statistics.median(seconds for seconds, _ in taken),
         "phases": {p: statistics.median(t.get(p, 0.0) for _, t in taken) for p in PHASES},
         "cached_over_computed": pairs,
-        "flops": defined.flops,
-        "executed": executed.flops,
+        "flops": defined,
+        "executed": executed,
         "memory": memory,
         "activations": memory - before - state_bytes(stepper.state) - stepper.frozen_bytes,
         "peaks": {name: statistics.mean(each[name] for each in peaks) for name in peaks[0]},
         "losses": {name: float(value) for name, value in metrics.items() if "loss" in name},
     }
+
+
+def count_flops(stepper: Stepper) -> tuple[dict[str, int], dict[str, int]]:
+    """Operations of a step by phase, as computed, and as the models are defined."""
+    timer, executed, defined = stepper.state.timer, PhaseFlops(), PhaseFlops()
+    stepper.state.timer = executed  # type: ignore[assignment]
+    stepper.step()
+    stepper.state.timer = defined  # type: ignore[assignment]
+    with layers_as_defined(stepper.state):
+        stepper.step()
+    stepper.state.timer = timer
+    return executed.flops, defined.flops
 
 
 def alternating(stepper: Stepper, rounds: int) -> float:
