@@ -17,6 +17,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from repae_core.models import build_discriminator, build_sit, build_vae
+from repae_core.training.throughput import stand_in
 
 GPUS = (8, 64, 512)
 
@@ -44,7 +45,7 @@ def parts() -> list[Part]:
 
     with torch.device("meta"):
         sit = build_sit("SiT-XL/2", input_size=32, in_channels=4, num_classes=1000, z_dims=(768,), encoder_depth=8)
-        vae, critic, vgg = build_vae("f8d4"), build_discriminator(), vgg16(weights=None).features
+        vae, critic, vgg = stand_in(build_vae("f8d4")), build_discriminator(), vgg16(weights=None).features
         dino = timm.create_model("vit_base_patch14_dinov2", img_size=224, num_classes=0)
         x, z, t, y = torch.zeros(1, 3, 256, 256), torch.zeros(1, 4, 32, 32), torch.zeros(1), torch.zeros(1).long()
         whole, shallow = flops_of(sit, z, t, y, True), flops_of(sit, z, t, y, False, True)

@@ -37,7 +37,9 @@ def prepare_environment() -> None:
         "DO_NOT_TRACK": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    for name, value in (defaults | THREADS_AND_MEMORY).items():
+    if "OMP_WAIT_POLICY" not in os.environ:  # the number of spins would win over the policy
+        defaults |= THREADS_AND_MEMORY
+    for name, value in (defaults | {"GLIBC_TUNABLES": THREADS_AND_MEMORY["GLIBC_TUNABLES"]}).items():
         os.environ.setdefault(name, value)
 
 

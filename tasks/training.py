@@ -94,9 +94,14 @@ def training_slot() -> Iterator[None]:
 
 def kept_threads(artifact: Artifact, section: TrainingConfig) -> int:
     """Torch threads a worker: chosen at the first start and kept, because other counts round differently."""
-    if artifact.exists("threads.json"):
-        return int(artifact.read_json("threads.json")["threads"])
     threads = section.threads or section.cpus_per_worker
+    if artifact.exists("threads.json"):
+        kept = int(artifact.read_json("threads.json")["threads"])
+        if kept != threads:
+            logger.warning(
+                "this run goes on with the %d thread(s) a worker that it started with, not %d", kept, threads
+            )
+        return kept
     artifact.write_json("threads.json", {"threads": threads})
     return threads
 

@@ -109,14 +109,15 @@ def torch_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def artifact_reference(artifact: Artifact) -> dict[str, str]:
-    """What a worker needs to open an artifact."""
-    return {"store": artifact.store.url, "stage": artifact.stage, "fingerprint": artifact.fingerprint}
+def artifact_reference(artifact: Artifact) -> dict[str, Any]:
+    """What a worker needs to open an artifact, as patiently as here."""
+    store = {"url": artifact.store.url, "retry_seconds": artifact.store.retry_seconds}
+    return {"store": store, "stage": artifact.stage, "fingerprint": artifact.fingerprint}
 
 
-def open_artifact(reference: Mapping[str, str]) -> Artifact:
+def open_artifact(reference: Mapping[str, Any]) -> Artifact:
     """The artifact that `artifact_reference` described."""
-    return Artifact(Store(reference["store"]), reference["stage"], reference["fingerprint"])
+    return Artifact(Store(**reference["store"]), reference["stage"], reference["fingerprint"])
 
 
 def _joint(config: Any, inputs: Mapping[str, Artifact], folder: Artifact, group: Any) -> Any:

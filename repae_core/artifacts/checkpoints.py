@@ -18,7 +18,10 @@ def committed_checkpoints(folder: Artifact) -> list[int]:
     for name in present:
         _, images, leaf = name.split("/", 2)
         if leaf == "commit.json":
-            files = folder.read_json(name)["files"]
+            try:
+                files = folder.read_json(name)["files"]
+            except FileNotFoundError:  # the training has dropped it since
+                continue
             if all(present.get(f"{FOLDER}/{images}/{f['name']}") == f["bytes"] for f in files):
                 whole.append(int(images))
     return sorted(whole)

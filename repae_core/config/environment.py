@@ -17,6 +17,7 @@ VARIABLES = {
     "REPAE_PREFECT_HOSTS": "further names by which Prefect's server may be called; default: none",
     "REPAE_TRAINING_LIMIT": "Prefect's global concurrency limit that a training waits for; default: none",
     "OMP_WAIT_POLICY": "How idle OpenMP threads wait; see docs/environment.md",
+    "GOMP_SPINCOUNT": "How long they spin first; see docs/environment.md",
 }
 
 

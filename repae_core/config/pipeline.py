@@ -80,7 +80,12 @@ class PipelineConfig(Config):
 
     seed: int = output(0, "Seed of every random draw", ge=0, lt=2**63)
     store: str = execution("artifacts", "Where artifacts live: path or URI (REPAE_STORE and --store win)")
-    store_retry_seconds: float = execution(180.0, "Time during which a failing store access is retried, s", ge=0)
+    store_retry_seconds: float = execution(
+        180.0,
+        "Time during which a failing store access is retried, s; training's workers wait 300 s for each other",
+        ge=0,
+        le=240,
+    )
     experiment: str = execution("repae", "MLflow experiment")
     compat: CompatConfig = output(CompatConfig(), "Published behaviours to reproduce")
     preprocess: PreprocessConfig = output(PreprocessConfig(), "Stage 1")

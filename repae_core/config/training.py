@@ -144,7 +144,7 @@ class TrainingConfig(Config):
     shard_cache_gib: float = execution(
         0.0, "Disk of a machine for whole shards of a remote store, GiB; 0 = read by byte ranges", ge=0
     )
-    threads: int = execution(0, "Torch threads a worker; 0 = timed once at the start and kept", ge=0)
+    threads: int = execution(0, "Torch threads a worker, kept when a run continues; 0 = cpus_per_worker", ge=0)
     checkpoint_every: int = execution(5_000, "Steps between checkpoints", ge=1)
     keep_checkpoints: int = execution(2, "Newest checkpoints kept", ge=1)
     keep_checkpoints_every: int = execution(0, "Steps between checkpoints that are never removed; 0 = none", ge=0)

@@ -137,6 +137,7 @@ def import_checkpoint(path: str, store: Store, *, trainable_pos_embed: bool = Fa
     record = {
         "images_seen": images_seen,
         "batch_size": batch_size,
+        "vae_warmup_steps": 0,
         "step": reference.steps,
         "world_size": None,  # any number of workers may continue it
         "history": [],

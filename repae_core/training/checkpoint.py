@@ -77,7 +77,7 @@ def load_checkpoint(
         if theirs != ours:
             raise ValueError(
                 f"{folder.uri}: checkpoint {images_seen} was written with {setting}={theirs}, this run has {ours}; set "
-                f"it to {theirs}, or --force the stage to start anew"
+                f"it to {theirs}, or start anew: --force the stage, without init_from"
             )
     for weights, module in named_modules(state).items():
         if weights == "vae_ema" and not files.has(f"{weights}.safetensors"):
@@ -87,7 +87,7 @@ def load_checkpoint(
     for network, trained in state.networks().items():
         blob = io.BytesIO(files.read(f"{network}.optimizer.pt"))
         saved = torch.load(blob, map_location="cpu", weights_only=True)
-        trained.optimizer.load_state_dict(saved["optimizer"])
+        trained.load_optimizer_state(saved["optimizer"])
         if saved["scaler"]:
             trained.scaler.load_state_dict(saved["scaler"])
     if isinstance(state, JointState):

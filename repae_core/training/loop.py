@@ -59,7 +59,7 @@ class LoopSettings:
     """Intervals are in steps; 0 previews or kept checkpoints = none.
 
     fixed: settings that a checkpoint is continued only with as it was written: those that decide how sums round
-    (micro-batches, compilation), and where the VAE's warm-up ends.
+    (micro-batches, compilation), where the VAE's warm-up ends, and the batch size, by which steps are counted.
     step_timeout: seconds after which a step counts as hanging and ends the process; 0 = max(120 s, 10 x median),
     None = never.
     """
@@ -147,15 +147,7 @@ class TrainingLoop:
         """
         s = self.settings
         last_report, announced = time.monotonic(), False
-        writer = CheckpointWriter(
-            self.folder,
-            self.state,
-            guard=self.guard,
-            keep=s.keep_checkpoints,
-            keep_every=s.keep_checkpoints_every * s.batch_size,
-            waiting=s.checkpoint_queue,
-        )
-        with writer, self._watchdog():
+        with self._writer() as writer, self._watchdog():
             for index, batch in zip(range(self.start_step, s.total_steps), self._timed(batches), strict=False):
                 metrics = step(index, batch)
                 done = index + 1
@@ -165,9 +157,7 @@ class TrainingLoop:
                 logged = self._log(done, metrics) if done % s.log_every == 0 or last else {}
                 due = last or (s.preview_every and done % s.preview_every == 0)
                 if preview and due:
-                    with self.state.timer("preview"):
-                        pictures = preview(done)
-                    self._send_pictures(writer, done, pictures)
+                    self._send_pictures(writer, done, preview)
                 before, announced = announced, self.preempted()
                 leaving = announced and not before
                 if leaving or done % s.checkpoint_every == 0 or last:
@@ -187,8 +177,21 @@ class TrainingLoop:
         if self.state.group.is_main and self.start_step < s.total_steps:
             logger.info("%.1f s lost to checkpoints", writer.seconds)
 
-    def _send_pictures(self, writer: CheckpointWriter, done: int, pictures: dict[str, bytes]) -> None:
+    def _writer(self) -> CheckpointWriter:
+        s = self.settings
+        return CheckpointWriter(
+            self.folder,
+            self.state,
+            guard=self.guard,
+            keep=s.keep_checkpoints,
+            keep_every=s.keep_checkpoints_every * s.batch_size,
+            waiting=s.checkpoint_queue,
+        )
+
+    def _send_pictures(self, writer: CheckpointWriter, done: int, preview: Callable[[int], dict[str, bytes]]) -> None:
         """Written in the background, before any later checkpoint: a run that continues has lost none."""
+        with self.state.timer("preview"):
+            pictures = preview(done)
         images = done * self.settings.batch_size
         files = {name: f"previews/{images:09d}-{name}.png" for name in pictures}
         progress = Progress(done, self.settings.total_steps, images, previews=files)

@@ -84,6 +84,17 @@ class Network(Generic[M]):
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
+    def load_optimizer_state(self, state: dict[str, Any]) -> None:
+        """Take over `optimizer.state_dict()` of this or a foreign run.
+
+        Moments get their parameter's memory layout (channels-last in the VAE): the fused optimizer goes through memory
+        in order, whatever the strides, and published checkpoints are contiguous.
+        """
+        self.optimizer.load_state_dict(state)
+        for parameter, moments in self.optimizer.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                moments[name] = torch.empty_like(parameter).copy_(moments[name])
+
     def parameters(self) -> list[nn.Parameter]:
         """The parameters that the optimizer updates."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -95,7 +106,7 @@ def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
     On the CPU over the rows of each first: there torch adds up a whole fp32 matrix of SiT-B's size in one go, which is
     wrong by 1e-4, and slower.
     """
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    gradients = [p.grad.squeeze() for p in parameters if p.grad is not None]
     if gradients[0].device.type != "cpu":
         return get_total_norm(gradients)
     return get_total_norm([torch.linalg.vector_norm(g, dim=list(range(1, g.ndim)) or None) for g in gradients])

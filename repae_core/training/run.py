@@ -90,6 +90,7 @@ class TrainingRun(ABC):
                 "gradient_accumulation_steps": s.gradient_accumulation_steps,
                 "compile": s.compile,
                 "vae_warmup_steps": s.total_steps - s.max_steps,
+                "batch_size": s.batch_size,
             },
             step_timeout=s.step_timeout if s.workers else None,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -128,4 +128,3 @@ class JointState(LDMState):
 
 
 Metrics = dict[str, Tensor]
-Step = Callable[[Batch], Metrics]

@@ -204,6 +204,55 @@ def test_a_run_that_continues_another_has_its_warm_up(config, images, tmp_path):
     assert committed_checkpoints(long) == []
 
 
+def test_a_run_that_continues_another_has_its_batch_size(config, images, tmp_path):
+    """Steps are counted in batches: with another one they would be logged twice, and the warm-up come again."""
+    short, long = (Artifact(Store(str(tmp_path)), "train-repae", name) for name in ("short", "long"))
+    train(start(config, images, short))
+    larger = config.train_repae.model_copy(update={"batch_size": 24, "max_steps": 20})
+    continued = start(config.model_copy(update={"train_repae": larger}), images, long)
+    with pytest.raises(ValueError, match=r"batch_size=8, this run has 24; .* without init_from"):
+        continued.run(report=lambda progress: None, guard=lambda: None, record={}, init_from=short)
+    assert committed_checkpoints(long) == []
+
+
+def test_moments_of_another_memory_layout_are_taken_over():
+    """Published checkpoints are contiguous, the VAE's kernels channels-last; torch's fused AdamW minds no strides."""
+    torch.manual_seed(0)
+    kernel = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)
+    networks = []
+    for _ in range(2):
+        module = torch.nn.ParameterList([torch.nn.Parameter(kernel.clone(memory_format=torch.preserve_format))])
+        networks.append(Network(module, module, learning_rate=0.1))
+    gradients = torch.randn(2, 4, 3, 2, 2)
+    through, continued = networks
+    through.parameters()[0].grad = torch.empty_like(kernel).copy_(gradients[0])
+    through.step(1e9)
+    state = through.optimizer.state_dict()
+    moments = state["state"][0]
+    contiguous = {name: value.clone(memory_format=torch.contiguous_format) for name, value in moments.items()}
+    assert contiguous["exp_avg"].stride() != moments["exp_avg"].stride()
+    continued.parameters()[0].data.copy_(through.parameters()[0].data)
+    continued.load_optimizer_state({"state": {0: contiguous}, "param_groups": state["param_groups"]})
+    for network in networks:
+        network.parameters()[0].grad = torch.empty_like(kernel).copy_(gradients[1])
+        network.step(1e9)
+    assert torch.equal(through.parameters()[0], continued.parameters()[0])
+
+
+def test_a_checkpoint_dropped_while_it_is_looked_at_is_none(config, images, tmp_path, monkeypatch):
+    out = folder(tmp_path)
+    train(start(config, images, out))
+    read = out.read_json
+
+    def read_json(name):
+        if name.startswith("checkpoints/32/"):
+            raise FileNotFoundError(name)
+        return read(name)
+
+    monkeypatch.setattr(out, "read_json", read_json)
+    assert committed_checkpoints(out) == [48]
+
+
 def test_a_network_that_no_loss_has_reached_stays(config, images, tmp_path):
     vae = start(config, images, folder(tmp_path)).state.vae
     before = vae.module.decoder.conv_out.weight.clone()
