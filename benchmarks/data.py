@@ -25,9 +25,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from flows.environment import THREADS_AND_MEMORY
+from flows.environment import unset_threads_and_memory
 
-os.environ.update(THREADS_AND_MEMORY | os.environ)
+os.environ.update(unset_threads_and_memory())
 
 import numpy as np
 from data_stages import SIDE, cache_latents, counted, f8d4, preprocess, write_photos

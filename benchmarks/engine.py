@@ -11,14 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flows.environment import THREADS_AND_MEMORY
+from flows.environment import unset_threads_and_memory
 
-os.environ.update(THREADS_AND_MEMORY | os.environ)
+os.environ.update(unset_threads_and_memory())
 
 import torch
 
 from repae_core.config import PipelineConfig, load_config
-from repae_core.models.vae import Upsample
 from repae_core.training.assembly import (
     Encoders,
     flow_objective,
@@ -204,17 +203,6 @@ def state_bytes(state: LDMState) -> int:
         total += sum(t.nbytes for t in network.module.state_dict().values()) + 3 * trained  # gradient, two moments
     averages = [state.ema, getattr(state, "vae_ema", None)]
     return total + sum(t.nbytes for m in averages if m is not None for t in m.state_dict().values())
-
-
-@contextlib.contextmanager
-def layers_as_defined(state: LDMState) -> Iterator[None]:
-    """Inside, layers that are computed in a shorter way take the way of their definition."""
-    layers = [m for network in state.networks().values() for m in network.module.modules() if isinstance(m, Upsample)]
-    for layer in layers:
-        layer.as_defined = True
-    yield
-    for layer in layers:
-        layer.as_defined = False
 
 
 class PhaseFlops:

@@ -17,9 +17,9 @@ import statistics
 import time
 from collections.abc import Callable
 
-from flows.environment import THREADS_AND_MEMORY
+from flows.environment import unset_threads_and_memory
 
-os.environ.update(THREADS_AND_MEMORY | os.environ)
+os.environ.update(unset_threads_and_memory())
 
 import torch
 

@@ -37,10 +37,14 @@ def prepare_environment() -> None:
         "DO_NOT_TRACK": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    if "OMP_WAIT_POLICY" not in os.environ:  # the number of spins would win over the policy
-        defaults |= THREADS_AND_MEMORY
-    for name, value in (defaults | {"GLIBC_TUNABLES": THREADS_AND_MEMORY["GLIBC_TUNABLES"]}).items():
+    for name, value in (defaults | unset_threads_and_memory()).items():
         os.environ.setdefault(name, value)
+
+
+def unset_threads_and_memory() -> dict[str, str]:
+    """Of THREADS_AND_MEMORY what the caller leaves open; with a policy of theirs also the spins, which would win."""
+    closed = os.environ.keys() | ({"GOMP_SPINCOUNT"} if "OMP_WAIT_POLICY" in os.environ else set())
+    return {name: value for name, value in THREADS_AND_MEMORY.items() if name not in closed}
 
 
 def end_orphaned_servers() -> None:

@@ -94,9 +94,14 @@ class TrainingRun(ABC):
             },
             step_timeout=s.step_timeout if s.workers else None,
         )
-        record = record | self.specs() | {"batch_size": s.batch_size}
         loop = TrainingLoop(
-            self.state, self.folder, settings, record=record, report=report, guard=guard, preempted=preempted
+            self.state,
+            self.folder,
+            settings,
+            record=record | self.specs(),
+            report=report,
+            guard=guard,
+            preempted=preempted,
         )
         self.loop = loop
         if not loop.restore() and init_from is not None and loop.restore(init_from):
