@@ -32,6 +32,7 @@ from engine import Case, PhaseFlops, Stepper, measured_peaks, state_bytes, write
 from repae_core.models.vae import Upsample
 
 PHASES = ("encoder", "vae", "discriminator", "sit", "ema")
+SETTLING = 8  # short steps before the first timed one: the heap takes as many to find its shape
 QUICK = {"model": "SiT-S/2", "vae": "{base_channels: 32, norm_groups: 8}", "resolution": 64, "encoder": "dinov2-vit-b"}
 
 
@@ -65,12 +66,13 @@ def measure(case: Case, steps: int) -> dict[str, Any]:
         peaks = [measured_peaks(case)]
         stepper = Stepper(case, open_group(use_gpu=case.device != "cpu"))
         timer, metrics = stepper.state.timer, stepper.step()
-        stepper.timed_step()
+        for _ in range(1 if case.stage == "repae" else SETTLING):
+            stepper.timed_step()
         timer.take()
         taken = [(stepper.timed_step(), timer.take()) for _ in range(steps)]
         memory = peak_memory(torch.device(case.device))
         peaks.append(measured_peaks(case))
-        pairs = alternating(stepper, steps) if case.stage == "ldm" and not case.cached else None
+        pairs = alternating(stepper, 4 * steps) if case.stage == "ldm" and not case.cached else None
         executed, defined = count_flops(stepper)  # last: counting takes memory
     return {
         "step": statistics.median(seconds for seconds, _ in taken),
@@ -98,16 +100,18 @@ def count_flops(stepper: Stepper) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def alternating(stepper: Stepper, rounds: int) -> float:
-    """Time of a step with cached features over one that computes them, in turn: what slows the machine slows both.
+    """Time of steps with cached features over those that compute them, in turn; the median round.
 
-    In turns of three, the first untimed: the encoder's weights drive SiT's out of the processor's cache.
+    A machine that is slower for a minute slows both steps of its rounds. The first step of a turn is not timed: the
+    encoder's weights have driven SiT's out of the processor's cache.
     """
-    times: dict[bool, list[float]] = {True: [], False: []}
-    for _ in range(rounds):
-        for stepper.cached in times:
-            stepper.step()
-            times[stepper.cached] += [stepper.timed_step() for _ in range(2)]
-    return statistics.median(times[True]) / statistics.median(times[False])
+    return statistics.median(_turn(stepper, True) / _turn(stepper, False) for _ in range(rounds))
+
+
+def _turn(stepper: Stepper, cached: bool) -> float:
+    stepper.cached = cached
+    stepper.step()
+    return stepper.timed_step() + stepper.timed_step()
 
 
 def environment(case: Case) -> dict[str, str]:

@@ -44,8 +44,8 @@ class PatchEmbedding(nn.Module):
         self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Embed."""
-        return self.proj(x).flatten(2).transpose(1, 2)
+        """Embed. Contiguous: the residual stream keeps the layout it starts with, and every norm would copy it."""
+        return self.proj(x).flatten(2).transpose(1, 2).contiguous()
 
 
 class TimestepEmbedder(nn.Module):

@@ -31,7 +31,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [B,T,D] -> [B,T,D]."""
         b, t, d = x.shape
-        q, k, v = self.qkv(x).reshape(b, t, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # [B,heads,T,d]
+        qkv = self.qkv(x).reshape(b, t, 3, self.num_heads, -1).unbind(2)
+        q, k, v = (part.transpose(1, 2) for part in qkv)  # [B,heads,T,d]
         out = attend(self.q_norm(q), self.k_norm(k), v)
         return self.proj(out.transpose(1, 2).reshape(b, t, d))
 

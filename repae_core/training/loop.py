@@ -20,7 +20,7 @@ from repae_core.artifacts import Artifact
 from repae_core.artifacts.checkpoints import committed_checkpoints
 from repae_core.training.checkpoint import load_checkpoint
 from repae_core.training.checkpoint_writer import CheckpointWriter
-from repae_core.training.precision import require_finite_gradients
+from repae_core.training.precision import at_step, require_finite_gradients
 from repae_core.training.state import LDMState, Metrics
 from repae_core.training.throughput import ThroughputMeter
 from repae_core.training.watchdog import StepWatchdog
@@ -149,8 +149,9 @@ class TrainingLoop:
         last_report, announced = time.monotonic(), False
         with self._writer() as writer, self._watchdog():
             for index, batch in zip(range(self.start_step, s.total_steps), self._timed(batches), strict=False):
-                metrics = step(index, batch)
                 done = index + 1
+                with at_step(done):
+                    metrics = step(index, batch)
                 last = done == s.total_steps
                 if meter:
                     meter.mark(done)
@@ -161,7 +162,8 @@ class TrainingLoop:
                 before, announced = announced, self.preempted()
                 leaving = announced and not before
                 if leaving or done % s.checkpoint_every == 0 or last:
-                    require_finite_gradients(metrics, self.state.networks())
+                    with at_step(done):
+                        require_finite_gradients(metrics, self.state.networks())
                     writer.save(self.record | {"images_seen": done * s.batch_size, "history": self.history})
                 if leaving:
                     logger.warning("this machine is about to be taken away: checkpoint at step %d", done)

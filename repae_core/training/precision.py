@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -55,7 +55,16 @@ def require_finite(terms: dict[str, Tensor], group: Group) -> None:
     finite = group.all_true(torch.isfinite(torch.stack([v.detach().float() for v in terms.values()])))
     if not bool(finite.all()):
         bad = [name for name, ok in zip(terms, finite.tolist(), strict=True) if not ok]
-        raise NonFiniteLossError(f"non-finite loss: {', '.join(bad)}; the last checkpoint is kept")
+        raise NonFiniteLossError(f"non-finite loss: {', '.join(bad)}")
+
+
+@contextmanager
+def at_step(step: int) -> Iterator[None]:
+    """A non-finite number inside is told with the 1-based step."""
+    try:
+        yield
+    except NonFiniteLossError as error:
+        raise NonFiniteLossError(f"step {step}: {error}; checkpoints from before are kept") from error
 
 
 def require_finite_gradients(metrics: Mapping[str, Tensor], networks: Mapping[str, Network[Any]]) -> None:
@@ -71,4 +80,4 @@ def require_finite_gradients(metrics: Mapping[str, Tensor], networks: Mapping[st
     norms = {name: metrics[key] for name in watched if (key := f"grad_norm_{name}") in metrics}
     bad = [name for name, norm in norms.items() if not bool(torch.isfinite(norm))]
     if bad:
-        raise NonFiniteLossError(f"non-finite gradient of {', '.join(bad)}; the last checkpoint is kept")
+        raise NonFiniteLossError(f"non-finite gradient of {', '.join(bad)}")

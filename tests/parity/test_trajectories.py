@@ -199,7 +199,7 @@ def check_norms(
 
 
 def test_first_joint_step_in_detail() -> None:
-    """Its tensors, and each parameter's gradient as its optimizer sees it, after clipping."""
+    """Its tensors, and each parameter's gradient after clipping, which the optimizer does on its way."""
     state = joint_state(trainable_pos_embed=True, rounding_seed=0)
     with torch.no_grad():
         probe = T["in.probe.latent"], T["in.probe.t"], T["in.probe.y"]
@@ -210,7 +210,7 @@ def test_first_joint_step_in_detail() -> None:
     state.vae.module.register_forward_hook(lambda _, __, out: seen.update(posterior=out[0], z=out[1], recon=out[2]))
     state.sit.module.register_forward_hook(lambda _, __, out: seen.update(velocity=out[0]))
     for name, trained in (("vae", state.vae), ("sit", state.sit)):
-        trained.optimizer.register_step_pre_hook(
+        trained.optimizer.register_step_post_hook(
             lambda *_, name=name, trained=trained: seen.update(
                 {name: {n: p.grad.double().norm().item() for n, p in trained.module.named_parameters()}}
             )

@@ -271,7 +271,7 @@ def test_weights_spoilt_by_a_gradient_are_not_kept(config, images, tmp_path):
         return gradient * float("nan") if len(passes) == 2 else gradient  # SiT's second step is the run's fourth
 
     run.state.sit.module.final_layer.linear.weight.register_hook(spoil)
-    with pytest.raises(NonFiniteLossError, match="gradient of sit"):
+    with pytest.raises(NonFiniteLossError, match="step 4: non-finite gradient of sit"):
         train(run)
     assert committed_checkpoints(out) == [16]
 
