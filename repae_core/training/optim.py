@@ -85,8 +85,8 @@ class Network(Generic[M]):
     def _clip(self, norm: Tensor, max_norm: float) -> None:
         """Gradients times min(1, max_norm / norm), as `torch.nn.utils.clip_grad_norm_`.
 
-        The fused AdamW divides them on its way, which saves a pass over all of them. It takes the divisor as fp32, and a
-        gradient scaler that is on sets one of its own.
+        The fused AdamW divides them on its way, which saves a pass over all of them. It takes the divisor as fp32, and
+        a gradient scaler that is on sets one of its own.
         """
         if norm.dtype == torch.float32 and not self.scaler.is_enabled():
             self.optimizer.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1.0)  # type: ignore[attr-defined]
