@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
+import psutil
+
 from repae_core.config.environment import repae_home
 
 _QUIET = {
@@ -33,6 +35,7 @@ logger = logging.getLogger("repae")
 _PROBE_SECONDS = 10.0
 _ANSWER_SECONDS = 30.0  # a busy machine takes seconds to start the process that answers
 _HEAD_SECONDS = 120.0  # a restarted Ray head is waited for
+_EXIT_SECONDS = 5.0  # for processes whose cluster has ended
 
 
 class RaySession:
@@ -94,9 +97,24 @@ class RaySession:
         if self.address is not None:
             import ray
 
+            workers = [] if os.environ.get("RAY_ADDRESS") else _workers_of_this_process()
             with _signal_handlers_kept():
                 ray.shutdown()
             self.address = None
+            # Seen once: a worker that had shut down hung in its process's exit, and kept 800 MB.
+            for worker in psutil.wait_procs(workers, timeout=_EXIT_SECONDS)[1]:
+                with contextlib.suppress(psutil.Error):
+                    worker.kill()
+
+
+def _workers_of_this_process() -> list[psutil.Process]:
+    """Processes of its private cluster that run tasks and actors."""
+    workers = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "".join(process.cmdline()[:1]).startswith("ray::"):
+                workers.append(process)
+    return workers
 
 
 def on_this_machine(function: Callable[..., Any]) -> Any:

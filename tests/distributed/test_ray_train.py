@@ -1,6 +1,8 @@
 """Both training stages on two real Ray Train workers, and a worker killed in the middle."""
 
 import json
+import signal
+import subprocess
 import threading
 import time
 
@@ -145,6 +147,16 @@ def test_failures_count_until_there_is_a_new_checkpoint(tmp_path):
         assert starts.read_text() == "xxxf"
     finally:
         session.close()
+
+
+def test_no_worker_outlives_the_private_cluster(monkeypatch):
+    """One that hangs in its exit, which Ray takes for ended: here a process of such a name that Ray does not know."""
+    monkeypatch.setattr("tasks.ray_session._EXIT_SECONDS", 0.5)
+    session = RaySession()
+    session.connect(cpus=1)
+    with subprocess.Popen(["ray::stuck", "600"], executable="sleep") as stuck:
+        session.close()
+        assert stuck.wait(10) == -signal.SIGKILL
 
 
 def test_an_unreachable_cluster_is_one_line(monkeypatch):
