@@ -1,6 +1,6 @@
 """Milliseconds a training step by phase, peak memory and share of this machine's measured peak; ratios from one run.
 
-    python benchmarks/step.py                                  # SiT-B/2, f8d4, 128 px, batch 4: about 10 minutes
+    python benchmarks/step.py                                  # SiT-B/2, f8d4, 128 px, batch 4: about 12 minutes
     python benchmarks/step.py --quick                          # small sizes, under a minute: does it run?
     python benchmarks/step.py --device cuda --model SiT-XL/2 --resolution 256 --batch 32
     python benchmarks/step.py --only ldm --steps 20
@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("--vae", default="f8d4", help="architecture: f8d4, f16d32")
     parser.add_argument("--resolution", type=int, default=128)
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=5, help="timed steps a case, after two that are not")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps a case, after untimed ones")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", choices=("repae", "ldm"))

@@ -112,7 +112,7 @@ def _workers_of_this_process() -> list[psutil.Process]:
     workers = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            if "".join(process.cmdline()[:1]).startswith("ray::"):
+            if " ".join(process.cmdline()).startswith("ray::"):
                 workers.append(process)
     return workers
 
