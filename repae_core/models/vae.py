@@ -84,14 +84,19 @@ class Upsample(nn.Module):
         """Double H and W."""
         if self.as_defined:
             return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        kernel = _of_doubled_input(_of_doubled_input(self.conv.weight, dim=2), dim=3).transpose(0, 1)
-        return F.conv_transpose2d(x, kernel, self.conv.bias, stride=2, padding=1)
+        return F.conv_transpose2d(x, _of_doubled_input(self.conv.weight), self.conv.bias, stride=2, padding=1)
 
 
-def _of_doubled_input(kernel: Tensor, dim: int) -> Tensor:
-    """Taps of the stride-2 transposed convolution that doubles its input, then convolves with the 3 taps in `dim`."""
-    before, centre, after = kernel.unbind(dim)
-    return torch.stack([after, centre + after, before + centre, before], dim)
+def _of_doubled_input(weight: Tensor) -> Tensor:
+    """[C_in,C_out,4,4]: the kernel (stride 2) that doubles its input and convolves it with `weight` [C_out,C_in,3,3].
+
+    In either dimension its taps are (after, centre + after, before + centre, before): sums, taken as one product, which
+    comes in the layout the convolution takes (slices and `stack` cost a tenth to a fourth of the layer on a CPU).
+    """
+    tap = torch.eye(3, dtype=weight.dtype, device=weight.device)
+    sums = (F.pad(tap, (0, 0, 0, 1)) + F.pad(tap, (0, 0, 1, 0))).flip(0)  # [4,3]
+    kernel = weight.transpose(0, 1).flatten(2) @ torch.kron(sums, sums).T  # [C_in,C_out,16]
+    return kernel.unflatten(2, (4, 4))
 
 
 class Level(nn.Module):
