@@ -95,7 +95,8 @@ def _of_doubled_input(weight: Tensor) -> Tensor:
     """
     tap = torch.eye(3, dtype=weight.dtype, device=weight.device)
     sums = (F.pad(tap, (0, 0, 0, 1)) + F.pad(tap, (0, 0, 1, 0))).flip(0)  # [4,3]
-    kernel = weight.transpose(0, 1).flatten(2) @ torch.kron(sums, sums).T  # [C_in,C_out,16]
+    with torch.autocast(weight.device.type, enabled=False):  # the convolution rounds the kernel, once
+        kernel = weight.transpose(0, 1).flatten(2) @ torch.kron(sums, sums).T  # [C_in,C_out,16]
     return kernel.unflatten(2, (4, 4))
 
 
