@@ -63,7 +63,8 @@ def load_checkpoint(
 
     Raises:
         ValueError: it was written by another number of workers (the discriminator's statistics are theirs) or with
-            other fixed settings, has no moving average of the VAE where this run keeps one, or is not as committed.
+            other fixed settings, is of another architecture, has no moving average of the VAE where this run keeps one,
+            or is not as committed.
     """
     files = CommittedFiles(folder, images_seen)
     record: dict[str, Any] = json.loads(files.read("state.json"))
@@ -83,7 +84,13 @@ def load_checkpoint(
         if weights == "vae_ema" and not files.has(f"{weights}.safetensors"):
             raise ValueError(f"{folder.uri}: checkpoint {images_seen} has no moving average of the VAE; set "
                              "vae_ema_decay=0, or start anew")  # fmt: skip
-        module.load_state_dict(load_safetensors(files.read(f"{weights}.safetensors")))
+        try:
+            module.load_state_dict(load_safetensors(files.read(f"{weights}.safetensors")))
+        except RuntimeError as error:  # torch's lists every tensor
+            why = _other_specs(record, state) or str(error).splitlines()[-1].strip()
+            raise ValueError(
+                f"{folder.uri}: checkpoint {images_seen} is of another architecture ({weights}): {why}"
+            ) from error
     for network, trained in state.networks().items():
         blob = io.BytesIO(files.read(f"{network}.optimizer.pt"))
         saved = torch.load(blob, map_location="cpu", weights_only=True)
@@ -98,6 +105,16 @@ def load_checkpoint(
             state.discriminator.module.load_state_dict(buffers, strict=False)
     state.step = record["step"]
     return record
+
+
+def _other_specs(record: dict[str, Any], state: LDMState) -> str:
+    """What the networks of a checkpoint were made with, where this run's differ."""
+    networks = {"sit": state.sit.module} | ({"vae": state.vae.module} if isinstance(state, JointState) else {})
+    found = []
+    for name, module in networks.items():
+        theirs, ours = record.get(name, {}), json.loads(json.dumps(module.spec))
+        found += [f"{name}'s {k} is {theirs[k]}, this run's {v}" for k, v in ours.items() if theirs.get(k, v) != v]
+    return ", ".join(found)
 
 
 def named_modules(state: LDMState) -> dict[str, nn.Module]:

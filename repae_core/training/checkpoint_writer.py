@@ -65,6 +65,7 @@ class CheckpointWriter:
             self._scratch = open_scratch(self._folder.fingerprint)
             self._thread = threading.Thread(target=self._work, name="checkpoint-writer", daemon=True)
             self._thread.start()
+            self._queue.put(self._clear)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -151,6 +152,11 @@ class CheckpointWriter:
             self._folder.upload(f"{name}/{path.name}", path)
         self._guard()
         commit_checkpoint(self._folder, name)
+        self._prune()
+
+    def _clear(self) -> None:
+        """What an attempt left that died while it uploaded or dropped a checkpoint."""
+        self._guard()
         self._prune()
 
     def _prune(self) -> None:

@@ -80,8 +80,7 @@ class JointRun(TrainingRun):
         else:
             count = min(self.joint.latent_stats_images, len(self.images))
             chosen = batch_indices(len(self.images), seed=self.config.seed, images_seen=0, batch_size=count)
-            alive = self.loop.alive if self.loop else lambda: None
-            scale, bias = measure_latents(self.state.vae.module, self.images, chosen, progress=lambda *_: alive())
+            scale, bias = measure_latents(self.state.vae.module, self.images, chosen, progress=lambda *_: self.alive())
         for sit in (self.state.sit.module, self.state.ema):
             sit.set_latent_stats(scale=scale, bias=bias)
 
@@ -110,14 +109,13 @@ class JointRun(TrainingRun):
 
     def preview(self, step: int) -> dict[str, bytes]:
         """Reconstructions always, samples once SiT trains."""
-        if not self.group.is_main:
-            return {}
         return draw_previews(
             vae=self.state.vae.module,
             sit=self.state.ema if step > self.joint.vae_warmup_steps else None,
             real=self.images.images(np.arange(min(16, len(self.images)))).to(self.group.device),
             guidance=self.config.generate.guidance,
             path=self.joint.path,
+            progress=self.pulse,
         )
 
     def specs(self) -> dict[str, Any]:

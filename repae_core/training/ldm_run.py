@@ -62,6 +62,11 @@ class LDMRun(TrainingRun):
         self.read = functools.partial(read_latents, latents, images, bool(self.section.encoder))
         self.state = new_ldm_state(self.section, group, sit)
 
+    def inherit(self, source: Artifact) -> None:
+        """The latents' statistics are those of this run's cache, whatever SiT was trained on before."""
+        for sit in (self.state.sit.module, self.state.ema):
+            sit.set_latent_stats(scale=self.latents.scale, bias=self.latents.bias)
+
     def batch(self, item: LatentItem, draws: Draws, step: int) -> Batch:
         """z sampled anew from the cached mean and std, labels, features (cached, or of the images)."""
         device = self.group.device
@@ -93,14 +98,13 @@ class LDMRun(TrainingRun):
 
     def preview(self, step: int) -> dict[str, bytes]:
         """Samples of the moving average."""
-        if not self.group.is_main:
-            return {}
         return draw_previews(
             vae=self.vae,
             sit=self.state.ema,
             real=torch.empty(0),
             guidance=self.config.generate.guidance,
             path=self.section.path,
+            progress=self.pulse,
         )
 
     def specs(self) -> dict[str, Any]:

@@ -156,7 +156,7 @@ class TrainingLoop:
                 if meter:
                     meter.mark(done)
                 logged = self._log(done, metrics) if done % s.log_every == 0 or last else {}
-                due = last or (s.preview_every and done % s.preview_every == 0)
+                due = s.preview_every and (last or done % s.preview_every == 0)
                 if preview and due:
                     self._send_pictures(writer, done, preview)
                 before, announced = announced, self.preempted()

@@ -94,12 +94,20 @@ class Network(Generic[M]):
             clip_grads_with_norm_(self.parameters(), max_norm, norm)
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
-        """Take over `optimizer.state_dict()` of this or a foreign run.
+        """Take over the moments and steps in `optimizer.state_dict()` of this or a foreign run; settings stay ours.
 
         Moments get their parameter's memory layout (channels-last in the VAE): the fused optimizer goes through memory
         in order, whatever the strides, and published checkpoints are contiguous.
+
+        Raises:
+            ValueError: it is of another number of parameters.
         """
-        self.optimizer.load_state_dict(state)
+        ours = self.optimizer.state_dict()["param_groups"]
+        theirs = [index for group in state["param_groups"] for index in group["params"]]
+        if len(theirs) != len(self.parameters()):
+            raise ValueError(f"the optimizer's state is of {len(theirs)} parameters, ours has {len(self.parameters())}")
+        moments_of = {ours_: state["state"][saved] for ours_, saved in enumerate(theirs) if saved in state["state"]}
+        self.optimizer.load_state_dict({"state": moments_of, "param_groups": ours})
         for parameter, moments in self.optimizer.state.items():
             for name in ("exp_avg", "exp_avg_sq"):
                 moments[name] = torch.empty_like(parameter).copy_(moments[name])

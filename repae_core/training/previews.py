@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 
 import torch
 from PIL import Image
@@ -24,10 +25,12 @@ def draw_previews(
     guidance: float,
     path: str,
     num_samples: int = 40,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, bytes]:
     """PNG files by the name of the picture.
 
-    real: uint8 [N,3,H,W] to reconstruct (from the posterior mean); sit: None leaves the samples out.
+    real: uint8 [N,3,H,W] to reconstruct (from the posterior mean); sit: None leaves the samples out;
+    progress: called after each step of the sampler with (steps done, all).
     """
     pictures = {}
     if len(real):
@@ -37,7 +40,7 @@ def draw_previews(
     if sit is not None:
         labels = torch.arange(num_samples) % sit.num_classes
         settings = SamplerSettings(steps=PREVIEW_STEPS, guidance=guidance, path=path)
-        samples = Generator(sit, vae, settings).sample(labels.sort().values, seed=0)
+        samples = Generator(sit, vae, settings).sample(labels.sort().values, seed=0, progress=progress)
         pictures["samples"] = _png(image_grid(samples, columns=8))
     return pictures
 

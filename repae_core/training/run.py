@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import torch
 
 from repae_core.artifacts import Artifact
 from repae_core.config import PipelineConfig, TrainingConfig
@@ -52,7 +53,27 @@ class TrainingRun(ABC):
 
     @abstractmethod
     def preview(self, step: int) -> dict[str, bytes]:
-        """PNG files after `step` steps by name (rank 0 only)."""
+        """PNG files after `step` steps by name; the main rank calls it, and `pulse` on the way."""
+
+    def previews(self, step: int) -> dict[str, bytes]:
+        """The main rank draws, the others wait for it (nothing from them): on none of them it counts as hanging."""
+        if self.group.is_main:
+            pictures = self.preview(step)
+            self.group.gather(torch.zeros(1, device=self.group.device))
+            return pictures
+        while self.group.gather(torch.ones(1, device=self.group.device))[0].item():
+            self.alive()
+        return {}
+
+    def pulse(self, *_: object) -> None:
+        """While pictures are drawn: they take their time."""
+        self.group.gather(torch.ones(1, device=self.group.device))
+        self.alive()
+
+    def alive(self) -> None:
+        """A step that takes long on purpose goes on."""
+        if self.loop is not None:
+            self.loop.alive()
 
     def inherit(self, source: Artifact) -> None:  # noqa: B027
         """Take over what a run that continues another one would not make again."""
@@ -106,7 +127,7 @@ class TrainingRun(ABC):
         self.loop = loop
         if not loop.restore() and init_from is not None and loop.restore(init_from):
             self.inherit(init_from)
-        loop.run(self.batches(loop.start_step), self.step, self.preview, self.meter(loop.start_step))
+        loop.run(self.batches(loop.start_step), self.step, self.previews, self.meter(loop.start_step))
         return loop.history
 
     def meter(self, start_step: int) -> ThroughputMeter | None:

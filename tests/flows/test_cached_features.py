@@ -26,6 +26,19 @@ def test_spatial_norm_is_applied_once(finished, coefficient):
     torch.testing.assert_close(batch.features[0].float(), expected, rtol=5e-3, atol=5e-3)  # stored as fp16
 
 
+def test_a_run_that_continues_another_has_the_statistics_of_its_own_cache(finished):
+    """SiT may have been trained on another VAE's latents before."""
+    latents = LatentShards(finished.artifact("cache-latents"))
+    latents.scale = latents.scale * 3
+    vae, out = load_vae(finished.artifact("extract-vae")), Artifact(finished.store, "train-ldm", "other-latents")
+    run = LDMRun(finished.configure("train_ldm.max_steps=5"), latents, None, vae, out, open_group())
+    before = finished.artifact("train-ldm")
+    run.run(report=lambda progress: None, guard=lambda: None, record={}, init_from=before)
+    assert run.loop.start_step == 4
+    for sit in (run.state.sit.module, run.state.ema):
+        torch.testing.assert_close(sit.latent_stats()[0], latents.scale, check_dtype=False)
+
+
 def test_the_cache_serves_every_coefficient(finished):
     """Only latent training and what follows depends on it."""
     again = finished.run("train_ldm.spatial_norm=0.6")

@@ -49,6 +49,18 @@ def test_keeps_the_newest_and_every_nth(folder, state, tmp_path):
     assert target.seconds > 0
 
 
+def test_what_a_killed_attempt_left_is_removed(folder, state):
+    """Killed right after its last commit, or while it uploaded; the run that goes on may have no step left."""
+    with writer(folder, state) as killed:
+        save(killed, 10)
+        save(killed, 20)
+    folder.write_bytes("checkpoints/30/rank1.safetensors", b"half")
+    with writer(folder, state, keep=1):
+        pass
+    assert committed_checkpoints(folder) == [20]
+    assert all(name.startswith("20/") for name in folder.files("checkpoints"))
+
+
 def test_a_snapshot_is_the_state_of_its_step(folder, state):
     """The weights change while the upload waits: the checkpoint has those of its step."""
     before = state.sit.module.weight.detach().clone()

@@ -89,11 +89,11 @@ def test_a_lost_lease_prevents_the_commit(config, images, tmp_path):
     out = folder(tmp_path)
 
     def guard():
-        raise Stopped
+        if any(name.endswith("vae.safetensors") for name in out.files()):
+            raise Stopped
 
     with pytest.raises(Stopped):
         train(start(config, images, out), guard)
-    assert any(name.endswith("vae.safetensors") for name in out.files())
     assert committed_checkpoints(out) == []
 
 
@@ -237,6 +237,49 @@ def test_moments_of_another_memory_layout_are_taken_over():
         network.parameters()[0].grad = torch.empty_like(kernel).copy_(gradients[1])
         network.step(1e9)
     assert torch.equal(through.parameters()[0], continued.parameters()[0])
+
+
+def test_a_foreign_optimizer_state_brings_no_settings():
+    """Published checkpoints are of torch's default AdamW, which is not the fused one that clips on its way."""
+    torch.manual_seed(0)
+    theirs = torch.nn.Linear(3, 2)
+    published = torch.optim.AdamW(theirs.parameters(), lr=0.1, betas=(0.5, 0.6))
+    theirs(torch.randn(4, 3)).sum().backward()
+    published.step()
+    layer = torch.nn.Linear(3, 2)
+    network = Network(layer, layer, learning_rate=0.01, betas=(0.8, 0.9), weight_decay=0.2)
+    network.load_optimizer_state(published.state_dict())
+    group = network.optimizer.param_groups[0]
+    assert (group["fused"], group["betas"], group["weight_decay"]) == (True, (0.8, 0.9), 0.2)
+    moments = network.optimizer.state[layer.weight]
+    assert torch.equal(moments["exp_avg"], published.state[theirs.weight]["exp_avg"])
+    layer(torch.randn(4, 3)).sum().backward()
+    network.step(1e-3)
+    assert moments["step"] == 2
+    with pytest.raises(ValueError, match="of 1 parameters, ours has 2"):
+        network.load_optimizer_state({"state": {}, "param_groups": [{"params": [0]}]})
+
+
+def test_another_architecture_is_one_line(config, images, tmp_path):
+    short, other = (Artifact(Store(str(tmp_path)), "train-repae", name) for name in ("short", "other"))
+    train(start(config, images, short))
+    section = config.train_repae.model_copy(update={"projector_dim": 8, "max_steps": 20})
+    run = start(config.model_copy(update={"train_repae": section}), images, other)
+    with pytest.raises(ValueError, match=r"of another architecture \(sit\): sit's projector_dim is \d+, this run's 8$"):
+        run.run(report=lambda progress: None, guard=lambda: None, record={}, init_from=short)
+
+
+def test_pictures_do_not_count_as_a_step_that_hangs(config, images, tmp_path, monkeypatch):
+    section = config.train_repae.model_copy(update={"preview_every": 1000})
+    run = start(config.model_copy(update={"train_repae": section}), images, folder(tmp_path))
+    told = []
+    monkeypatch.setattr(run, "alive", lambda: told.append(1))
+    train(run)
+    assert len(told) >= 20  # the sampler's steps of the last step's pictures
+    plain = start(config.model_copy(update={"train_repae": section.model_copy(update={"preview_every": 0})}), images,
+                  Artifact(Store(str(tmp_path)), "train-repae", "plain"))  # fmt: skip
+    train(plain)
+    assert not any(name.startswith("previews/") for name in plain.folder.files())
 
 
 def test_a_checkpoint_dropped_while_it_is_looked_at_is_none(config, images, tmp_path, monkeypatch):
