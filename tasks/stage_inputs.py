@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from repae_core.artifacts import Artifact, Store, resolve_reference
-from repae_core.config import PipelineConfig
+from repae_core.config import STAGES, PipelineConfig
 
 _FIRST = {"train-ldm": "latents", "generate": "model", "evaluate": "samples"}  # what the other inputs must belong to
 
@@ -30,14 +30,14 @@ def upstream(config: PipelineConfig, stage: str) -> dict[str, str]:
 
 
 def input_references(config: PipelineConfig, stage: str, inputs: str) -> dict[str, str]:
-    """Role -> reference out of the `inputs` parameter.
+    """Role -> reference out of the `inputs` parameter; `latest` leaves what the config names as named.
 
     Raises:
         ValueError: an unknown role.
     """
-    roles = list(upstream(config, stage))
+    roles = upstream(config, stage)
     if inputs in ("auto", "latest"):
-        return dict.fromkeys(roles, inputs)
+        return {role: "auto" if _is_named(source) else inputs for role, source in roles.items()}
     given = dict.fromkeys(roles, "auto")
     for pair in inputs.split(","):
         role, equals, reference = pair.strip().partition("=")
@@ -72,6 +72,11 @@ def resolve_inputs(
     if given and first in found and "vae" in found:
         _require_same_vae(stage, first, found)
     return {role: found[role] for role in roles}
+
+
+def _is_named(source: str) -> bool:
+    """Whether the config says which artifact: by fingerprint or URI, not by stage or as `latest`."""
+    return source not in STAGES and source != "latest"
 
 
 def _init_from(reference: str) -> dict[str, str]:
