@@ -1,10 +1,11 @@
 """Which artifacts `latest` takes, and which it leaves alone."""
 
+import json
 from datetime import UTC, datetime
 
 import pytest
 
-from repae_core.artifacts import Artifact
+from repae_core.artifacts import Artifact, InputEntry
 from tasks.plan import PlannedStage, make_plan
 from tasks.stage_inputs import input_references
 
@@ -15,10 +16,10 @@ def planned(finished, stage: str, inputs: str, *overrides: str) -> PlannedStage:
     return make_plan(config, finished.store, references=references).stages[stage]
 
 
-def newer_than(artifact: Artifact, fingerprint: str) -> Artifact:
+def newer_than(artifact: Artifact, fingerprint: str, **more) -> Artifact:
     """Another finished artifact of the same inputs, without its files."""
     manifest = artifact.manifest()
-    values = {"fingerprint": fingerprint, "files": [], "finished_at": datetime.now(UTC).isoformat()}
+    values = {"fingerprint": fingerprint, "files": [], "finished_at": datetime.now(UTC).isoformat(), **more}
     copy = Artifact(artifact.store, artifact.stage, fingerprint)
     copy.write_bytes("manifest.json", manifest.model_copy(update=values).model_dump_json().encode())
     return copy
@@ -47,3 +48,33 @@ def test_latest_replaces_what_the_config_makes(finished):
     inputs = planned(finished, "generate", "latest", *guided).inputs
     assert (inputs["model"].fingerprint, inputs["guide"].fingerprint) == (newer.fingerprint, newer.fingerprint)
     assert inputs["vae"].fingerprint == finished.artifact("extract-vae").fingerprint  # the model's, not the newest
+
+
+def finish(before: Artifact, stage: PlannedStage) -> Artifact:
+    """What the planned stage would leave behind."""
+    inputs = {
+        role: InputEntry(stage=a.stage, fingerprint=a.fingerprint, manifest_sha256=a.manifest_sha256())
+        for role, a in stage.inputs.items()
+    }
+    config = json.loads(json.dumps(stage.payload))
+    return newer_than(before, stage.artifact.fingerprint, config=config, inputs=inputs)
+
+
+@pytest.mark.parametrize("stage", ["train-repae", "train-ldm"])
+def test_init_from_latest_finds_its_own_artifact_again(finished, stage):
+    """Once it has finished, and once that was continued, too: neither is what the same command starts from."""
+    section, before = stage.replace("-", "_"), finished.artifact(stage)
+    longer, longest = ((f"{section}.init_from=latest", f"{section}.max_steps={steps}") for steps in (6, 8))
+    first = planned(finished, stage, "latest", *longer)
+    assert first.inputs["init"].fingerprint == before.fingerprint
+    made = finish(before, first)
+    assert planned(finished, stage, "latest", *longer).artifact.fingerprint == made.fingerprint
+    second = planned(finished, stage, "auto", *longest)
+    assert second.inputs["init"].fingerprint == made.fingerprint
+    finish(before, second)
+    for inputs in ("auto", "latest"):
+        assert planned(finished, stage, inputs, *longer).artifact.fingerprint == made.fingerprint
+        assert planned(finished, stage, inputs, *longest).artifact.fingerprint == second.artifact.fingerprint
+    before.delete("manifest.json")
+    with pytest.raises(ValueError, match="but what continues one that is gone"):
+        planned(finished, stage, "auto", *longer)
