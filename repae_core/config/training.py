@@ -192,6 +192,10 @@ class TrainingConfig(Config):
         local, parts = self.batch_size // max(self.workers, 1), self.gradient_accumulation_steps
         if local % parts:
             raise ValueError(f"a worker's {local} images are not divisible by gradient_accumulation_steps={parts}")
+        if self.mixed_precision == "fp16" and not self.gpus_per_worker:
+            raise ValueError(
+                "mixed_precision=fp16 needs a GPU: set gpus_per_worker to 1, or mixed_precision to bf16 or no"
+            )
         if self.score_every and not self.workers:
             raise ValueError("score_every needs Ray, which has room beside the training: set workers to 1 or more")
         if self.score_every % self.checkpoint_every:

@@ -130,3 +130,15 @@ def test_lists_and_sections_without_quotes(tmp_path):
     assert config.train_ldm.encoder == ()
     vae = load_config("quickstart", ["train_repae.vae={base_channels: 64, norm_groups: 8}"]).train_repae.vae
     assert (vae.base_channels, vae.norm_groups, vae.weights) == (64, 8, "")
+
+
+@pytest.mark.parametrize("section", ["train_repae", "train_ldm"])
+def test_fp16_without_a_gpu_is_refused(section):
+    """Here, and not at the first joint step."""
+    fp16 = f"{section}.mixed_precision=fp16"
+    with pytest.raises(
+        ValueError, match=f"{section}: mixed_precision=fp16 needs a GPU: set gpus_per_worker"
+    ) as refused:
+        load_config("quickstart", [fp16])
+    assert "\n" not in str(refused.value)
+    assert getattr(load_config("quickstart", [fp16, f"{section}.gpus_per_worker=1"]), section).mixed_precision == "fp16"

@@ -128,4 +128,5 @@ def test_any_encoder_depth(images, tmp_path):
 
 def test_naive_with_fp16_is_refused(images, tmp_path):
     with pytest.raises(ValueError, match="vae_training=naive sums two losses"):
-        start(images, tmp_path, "train_repae.vae_training=naive", "train_repae.mixed_precision=fp16")
+        start(images, tmp_path, "train_repae.vae_training=naive", "train_repae.mixed_precision=fp16",
+              "train_repae.gpus_per_worker=1")  # fmt: skip
