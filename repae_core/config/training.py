@@ -109,7 +109,7 @@ class TrainingConfig(Config):
     learning_rate: float = output(1e-4, "AdamW learning rate of SiT", gt=0)
     lr_warmup_steps: int = output(0, "Steps of linear warm-up of the learning rates", ge=0)
     lr_decay_fraction: float = output(
-        0.0, "Last share of the steps over which SiT's rate goes linearly to 0", ge=0, le=1
+        0.0, "Last share of the steps over which all learning rates go linearly to 0", ge=0, le=1
     )
     adam_beta1: float = output(0.9, "AdamW beta 1", ge=0, lt=1)
     adam_beta2: float = output(0.999, "AdamW beta 2", ge=0, lt=1)
