@@ -147,7 +147,9 @@ class TrainingConfig(Config):
     threads: int = execution(0, "Torch threads a worker, kept when a run continues; 0 = cpus_per_worker", ge=0)
     checkpoint_every: int = execution(5_000, "Steps between checkpoints", ge=1)
     keep_checkpoints: int = execution(2, "Newest checkpoints kept", ge=1)
-    keep_checkpoints_every: int = execution(0, "Steps between checkpoints that are never removed; 0 = none", ge=0)
+    keep_checkpoints_every: int = execution(
+        0, "Steps between checkpoints that are never removed; a multiple of checkpoint_every; 0 = none", ge=0
+    )
     checkpoint_queue: int = execution(2, "Checkpoints that may wait in local scratch while the store is away", ge=1)
     log_every: int = execution(100, "Steps between logged metrics", ge=1)
     measure_peak: bool = execution(
@@ -198,10 +200,9 @@ class TrainingConfig(Config):
             )
         if self.score_every and not self.workers:
             raise ValueError("score_every needs Ray, which has room beside the training: set workers to 1 or more")
-        if self.score_every % self.checkpoint_every:
-            raise ValueError(
-                f"score_every={self.score_every} is no multiple of checkpoint_every={self.checkpoint_every}"
-            )
+        for name in ("score_every", "keep_checkpoints_every"):
+            if (steps := getattr(self, name)) % self.checkpoint_every:
+                raise ValueError(f"{name}={steps} is no multiple of checkpoint_every={self.checkpoint_every}")
         if self.encoder_weights and len(self.encoder_weights) != len(self.encoder):
             raise ValueError("encoder_weights must name one file for each encoder")
         depth = parse_sit_name(self.model)[0].depth

@@ -142,3 +142,10 @@ def test_fp16_without_a_gpu_is_refused(section):
         load_config("quickstart", [fp16])
     assert "\n" not in str(refused.value)
     assert getattr(load_config("quickstart", [fp16, f"{section}.gpus_per_worker=1"]), section).mixed_precision == "fp16"
+
+
+def test_checkpoints_are_kept_only_where_they_are_written():
+    every = "train_ldm.checkpoint_every=200"
+    with pytest.raises(ValueError, match="keep_checkpoints_every=300 is no multiple of checkpoint_every=200"):
+        load_config("quickstart", [every, "train_ldm.keep_checkpoints_every=300"])
+    assert load_config("quickstart", [every, "train_ldm.keep_checkpoints_every=600"])
