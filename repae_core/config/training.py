@@ -166,7 +166,8 @@ class TrainingConfig(Config):
     )
     step_timeout: float = execution(
         0.0,
-        "Seconds after which a step counts as hanging, waiting for the store included; 0 = max(120 s, 10 x median)",
+        "Seconds after which a step counts as hanging, waiting for the store included; 0 = max(120 s, 10 x median); "
+        "not watched with workers=0",
         ge=0,
     )
 
