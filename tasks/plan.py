@@ -19,7 +19,7 @@ from tasks.stage_inputs import resolve_inputs
 # Raised when a stage's output changes for the same config.
 VERSIONS = {
     "preprocess": 3,
-    "train-repae": 3,
+    "train-repae": 4,
     "extract-vae": 1,
     "cache-latents": 4,
     "train-ldm": 2,
