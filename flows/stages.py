@@ -56,8 +56,8 @@ def stage_flow(stage: str) -> Flow[..., dict[str, Any]]:
     Args:
         preset: One of the presets in the list; the overrides change it.
         overrides: Fields to change; empty = as in the preset.
-        inputs: `latest` (newest model, latents or samples, with what they were made from), `auto` (what this config
-            makes), or role=reference pairs separated by commas.
+        inputs: `latest` (newest model, latents or samples, with what they were made from; an artifact that the config
+            names stays), `auto` (what this config makes), or role=reference pairs separated by commas.
         force: Run even if the artifact exists.
     """
     return flow(name=stage, flow_run_name=run_name)(run)

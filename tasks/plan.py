@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from tasks.stage_inputs import resolve_inputs
 # Raised when a stage's output changes for the same config.
 VERSIONS = {
     "preprocess": 3,
-    "train-repae": 3,
+    "train-repae": 4,
     "extract-vae": 1,
     "cache-latents": 4,
     "train-ldm": 2,
@@ -77,8 +78,9 @@ def make_plan(
         if external_vae and stage in plan.not_needed:
             continue
         made = {name: planned.artifact for name, planned in plan.stages.items()}
-        inputs = resolve_inputs(config, stage, store, made, (references or {}).get(stage, {}))
-        payload = _payload(config, stage, inputs)
+        payload_of = functools.partial(_payload, config, stage)
+        inputs = resolve_inputs(config, stage, store, made, (references or {}).get(stage, {}), payload_of)
+        payload = payload_of(inputs)
         if stage == "preprocess":
             payload["config"]["source"] = source.content_digest()
         plan.stages[stage] = PlannedStage(stage, Artifact(store, stage, fingerprint(payload)), inputs, payload)

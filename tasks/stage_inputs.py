@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from repae_core.artifacts import Artifact, Store, resolve_reference
-from repae_core.config import PipelineConfig
+from repae_core.config import STAGES, PipelineConfig
 
 _FIRST = {"train-ldm": "latents", "generate": "model", "evaluate": "samples"}  # what the other inputs must belong to
 
@@ -30,14 +31,14 @@ def upstream(config: PipelineConfig, stage: str) -> dict[str, str]:
 
 
 def input_references(config: PipelineConfig, stage: str, inputs: str) -> dict[str, str]:
-    """Role -> reference out of the `inputs` parameter.
+    """Role -> reference out of the `inputs` parameter; `latest` leaves what the config names as named.
 
     Raises:
         ValueError: an unknown role.
     """
-    roles = list(upstream(config, stage))
+    roles = upstream(config, stage)
     if inputs in ("auto", "latest"):
-        return dict.fromkeys(roles, inputs)
+        return {role: "auto" if _is_named(source) else inputs for role, source in roles.items()}
     given = dict.fromkeys(roles, "auto")
     for pair in inputs.split(","):
         role, equals, reference = pair.strip().partition("=")
@@ -48,18 +49,26 @@ def input_references(config: PipelineConfig, stage: str, inputs: str) -> dict[st
 
 
 def resolve_inputs(
-    config: PipelineConfig, stage: str, store: Store, made: Mapping[str, Artifact], given: Mapping[str, str]
+    config: PipelineConfig,
+    stage: str,
+    store: Store,
+    made: Mapping[str, Artifact],
+    given: Mapping[str, str],
+    payload: Callable[[Mapping[str, Artifact]], Mapping[str, Any]],
 ) -> dict[str, Artifact]:
     """Role -> artifact. made: what this config makes, by stage. given: role -> `latest`, a fingerprint prefix or a URI.
 
-    `latest` is the newest model (latents, samples), and beside it what that was made from: not what is newest of it.
+    `latest` is the newest model (latents, samples), and beside it what that was made from: not what is newest of it. As
+    the start of a training it is never what the same config has made: the same command finds that again.
+
+    payload: what the fingerprint is made from, of inputs by role.
 
     Raises:
         ValueError: an artifact is missing, or the VAE is not the one that the others were made with: one line.
     """
     roles, first = upstream(config, stage), _FIRST.get(stage, "")
     found: dict[str, Artifact] = {}
-    for role in sorted(roles, key=lambda role: role != first):
+    for role in sorted(roles, key=lambda role: (role != first, role == "init")):
         source, reference = roles[role], given.get(role, "auto")
         expected = _stage_of(config, stage, role, source)
         own = _belonging(found[first], expected) if reference == "latest" and first in found else []
@@ -68,10 +77,17 @@ def resolve_inputs(
         elif reference == "auto" and source in made:
             found[role] = made[source]
         else:
-            found[role] = resolve_reference(store, expected, source if reference == "auto" else reference)
+            named = source if reference == "auto" else reference
+            besides = _continued(store, payload(found)) if (role, named) == ("init", "latest") else ()
+            found[role] = resolve_reference(store, expected, named, besides=besides)
     if given and first in found and "vae" in found:
         _require_same_vae(stage, first, found)
     return {role: found[role] for role in roles}
+
+
+def _is_named(source: str) -> bool:
+    """Whether the config says which artifact: by fingerprint or URI, not by stage or as `latest`."""
+    return source not in STAGES and source != "latest"
 
 
 def _init_from(reference: str) -> dict[str, str]:
@@ -81,6 +97,22 @@ def _init_from(reference: str) -> dict[str, str]:
 def _stage_of(config: PipelineConfig, stage: str, role: str, source: str) -> str:
     """The stage that makes an input, also where `source` is a reference to an artifact."""
     return {"vae": "extract-vae", "init": stage, "guide": config.generate.model}.get(role, source)
+
+
+def _continued(store: Store, payload: Mapping[str, Any]) -> set[str]:
+    """What a training of this payload, which has no `init` yet, has made from some other run, and what continues it."""
+    stage = payload["stage"]
+    manifests = {name: m for name in store.folders(stage) if (m := Artifact(store, stage, name).manifest())}
+    starts = {name: m.inputs["init"].fingerprint for name, m in manifests.items() if "init" in m.inputs}
+    own = {name for name in starts if _without_init(manifests[name].config) == payload}
+    while more := {name for name, start in starts.items() if start in own} - own:
+        own |= more
+    return own
+
+
+def _without_init(payload: Mapping[str, Any]) -> dict[str, Any]:
+    inputs = {role: name for role, name in payload.get("inputs", {}).items() if role != "init"}
+    return {**payload, "inputs": inputs}
 
 
 def _require_same_vae(stage: str, first: str, found: Mapping[str, Artifact]) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 from repae_core.artifacts.artifact import Artifact
 from repae_core.artifacts.store import Store
 
 
-def resolve_reference(store: Store, stage: str, reference: str) -> Artifact:
+def resolve_reference(store: Store, stage: str, reference: str, *, besides: Container[str] = ()) -> Artifact:
     """The finished artifact of a stage that `reference` names.
 
     reference: `latest` (the newest `finished_at`), a unique prefix of its fingerprint, or the URI or path of its
     folder (any store).
+    besides: fingerprints that `latest` passes over.
 
     Raises:
         ValueError: nothing finished fits, or more than one; names the command that makes one.
@@ -22,7 +25,10 @@ def resolve_reference(store: Store, stage: str, reference: str) -> Artifact:
     if not finished:
         raise ValueError(f"no finished {stage} artifact in {store.url}; {remedy}")
     if reference == "latest":
-        return max(finished.values(), key=lambda artifact: _finished_at(artifact))
+        candidates = [artifact for name, artifact in finished.items() if name not in besides]
+        if not candidates:
+            raise ValueError(f"no {stage} artifact in {store.url} but what continues one that is gone; {remedy}")
+        return max(candidates, key=_finished_at)
     found = [artifact for name, artifact in finished.items() if name.startswith(reference)]
     if len(found) != 1:
         there = ", ".join(finished)

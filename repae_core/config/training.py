@@ -109,7 +109,7 @@ class TrainingConfig(Config):
     learning_rate: float = output(1e-4, "AdamW learning rate of SiT", gt=0)
     lr_warmup_steps: int = output(0, "Steps of linear warm-up of the learning rates", ge=0)
     lr_decay_fraction: float = output(
-        0.0, "Last share of the steps over which SiT's rate goes linearly to 0", ge=0, le=1
+        0.0, "Last share of the steps over which all learning rates go linearly to 0", ge=0, le=1
     )
     adam_beta1: float = output(0.9, "AdamW beta 1", ge=0, lt=1)
     adam_beta2: float = output(0.999, "AdamW beta 2", ge=0, lt=1)
@@ -147,7 +147,9 @@ class TrainingConfig(Config):
     threads: int = execution(0, "Torch threads a worker, kept when a run continues; 0 = cpus_per_worker", ge=0)
     checkpoint_every: int = execution(5_000, "Steps between checkpoints", ge=1)
     keep_checkpoints: int = execution(2, "Newest checkpoints kept", ge=1)
-    keep_checkpoints_every: int = execution(0, "Steps between checkpoints that are never removed; 0 = none", ge=0)
+    keep_checkpoints_every: int = execution(
+        0, "Steps between checkpoints that are never removed; a multiple of checkpoint_every; 0 = none", ge=0
+    )
     checkpoint_queue: int = execution(2, "Checkpoints that may wait in local scratch while the store is away", ge=1)
     log_every: int = execution(100, "Steps between logged metrics", ge=1)
     measure_peak: bool = execution(
@@ -164,7 +166,8 @@ class TrainingConfig(Config):
     )
     step_timeout: float = execution(
         0.0,
-        "Seconds after which a step counts as hanging, waiting for the store included; 0 = max(120 s, 10 x median)",
+        "Seconds after which a step counts as hanging, waiting for the store included; 0 = max(120 s, 10 x median); "
+        "not watched with workers=0",
         ge=0,
     )
 
@@ -192,12 +195,15 @@ class TrainingConfig(Config):
         local, parts = self.batch_size // max(self.workers, 1), self.gradient_accumulation_steps
         if local % parts:
             raise ValueError(f"a worker's {local} images are not divisible by gradient_accumulation_steps={parts}")
+        if self.mixed_precision == "fp16" and not self.gpus_per_worker:
+            raise ValueError(
+                "mixed_precision=fp16 needs a GPU: set gpus_per_worker to 1, or mixed_precision to bf16 or no"
+            )
         if self.score_every and not self.workers:
             raise ValueError("score_every needs Ray, which has room beside the training: set workers to 1 or more")
-        if self.score_every % self.checkpoint_every:
-            raise ValueError(
-                f"score_every={self.score_every} is no multiple of checkpoint_every={self.checkpoint_every}"
-            )
+        for name in ("score_every", "keep_checkpoints_every"):
+            if (steps := getattr(self, name)) % self.checkpoint_every:
+                raise ValueError(f"{name}={steps} is no multiple of checkpoint_every={self.checkpoint_every}")
         if self.encoder_weights and len(self.encoder_weights) != len(self.encoder):
             raise ValueError("encoder_weights must name one file for each encoder")
         depth = parse_sit_name(self.model)[0].depth

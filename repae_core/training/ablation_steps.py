@@ -23,7 +23,7 @@ def frozen_vae_step(
         NonFiniteLossError: a loss term is NaN or infinite on some rank; nothing was updated.
     """
     parts = micro_batches(batch, draws, objective.accumulation_steps)
-    with torch.no_grad(), state.timer("vae"):
+    with torch.no_grad(), state.timer("vae"), autocast(state.device, objective.vae_mixed_precision):
         encode = state.vae.module.encode
         z = torch.cat([encode(signed_images(b, state)).sample(noise=d.posterior_noise) for b, d in parts])
     return ldm_step(state, dataclasses.replace(batch, latents=z), objective, draws, rate_factor=rate_factor)

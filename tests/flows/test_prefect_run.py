@@ -86,7 +86,7 @@ def test_a_stage_has_a_time_limit(place, monkeypatch):
 
 
 def test_a_failure_is_one_line_and_exit_code_1(place):
-    result = repae(place, "run", *arguments(place, "train_ldm.mixed_precision=fp16", "train_repae.learning_rate=1e30"))
+    result = repae(place, "run", *arguments(place, "train_repae.learning_rate=1e30"))
     assert result.returncode == 1
     lines = [line for line in result.stderr.splitlines() if line.startswith("repae: ")]
     assert len(lines) == 1

@@ -130,3 +130,22 @@ def test_lists_and_sections_without_quotes(tmp_path):
     assert config.train_ldm.encoder == ()
     vae = load_config("quickstart", ["train_repae.vae={base_channels: 64, norm_groups: 8}"]).train_repae.vae
     assert (vae.base_channels, vae.norm_groups, vae.weights) == (64, 8, "")
+
+
+@pytest.mark.parametrize("section", ["train_repae", "train_ldm"])
+def test_fp16_without_a_gpu_is_refused(section):
+    """Here, and not at the first joint step."""
+    fp16 = f"{section}.mixed_precision=fp16"
+    with pytest.raises(
+        ValueError, match=f"{section}: mixed_precision=fp16 needs a GPU: set gpus_per_worker"
+    ) as refused:
+        load_config("quickstart", [fp16])
+    assert "\n" not in str(refused.value)
+    assert getattr(load_config("quickstart", [fp16, f"{section}.gpus_per_worker=1"]), section).mixed_precision == "fp16"
+
+
+def test_checkpoints_are_kept_only_where_they_are_written():
+    every = "train_ldm.checkpoint_every=200"
+    with pytest.raises(ValueError, match="keep_checkpoints_every=300 is no multiple of checkpoint_every=200"):
+        load_config("quickstart", [every, "train_ldm.keep_checkpoints_every=300"])
+    assert load_config("quickstart", [every, "train_ldm.keep_checkpoints_every=600"])

@@ -6,8 +6,11 @@ import tiny
 import torch
 
 from repae_core.artifacts import Artifact, Store
+from repae_core.training import ablation_steps
 from repae_core.training.distributed import open_group
 from repae_core.training.joint_run import JointRun
+from repae_core.training.ldm_step import ldm_step
+from repae_core.training.precision import autocast
 from repae_core.training.repae_step import sit_loss, vae_loss
 
 
@@ -50,6 +53,27 @@ def test_frozen_keeps_the_latent_statistics(images, tmp_path):
     first = run.state.sit.module.latent_stats()
     run.step(1, next(run.batches(1)))
     assert all(torch.equal(a, b) for a, b in zip(first, run.state.sit.module.latent_stats(), strict=True))
+
+
+def test_frozen_encodes_in_the_vaes_precision(images, tmp_path, monkeypatch):
+    """As the other arms do; the posterior, and so z, is fp32 in any case."""
+    seen = []
+
+    def spy(state, batch, *args, **more):
+        seen.append(batch.latents)
+        return ldm_step(state, batch, *args, **more)
+
+    monkeypatch.setattr(ablation_steps, "ldm_step", spy)
+    for precision in ("no", "bf16"):
+        run = start(images, tmp_path, "train_repae.vae_training=frozen", f"train_repae.vae_mixed_precision={precision}")
+        run.start_latent_norm()
+        batch, draws = next(run.batches(0))
+        run.step(0, (batch, draws))
+        with torch.no_grad(), autocast(torch.device("cpu"), precision):
+            posterior = run.state.vae.module.encode(batch.images.float() / 127.5 - 1)
+        torch.testing.assert_close(seen[-1], posterior.sample(noise=draws.posterior_noise))
+    assert seen[0].dtype == seen[1].dtype == torch.float32
+    assert not torch.equal(*seen)
 
 
 def vae_gradients(images, tmp_path, losses: tuple[str, ...]) -> dict[str, torch.Tensor]:
@@ -128,4 +152,5 @@ def test_any_encoder_depth(images, tmp_path):
 
 def test_naive_with_fp16_is_refused(images, tmp_path):
     with pytest.raises(ValueError, match="vae_training=naive sums two losses"):
-        start(images, tmp_path, "train_repae.vae_training=naive", "train_repae.mixed_precision=fp16")
+        start(images, tmp_path, "train_repae.vae_training=naive", "train_repae.mixed_precision=fp16",
+              "train_repae.gpus_per_worker=1")  # fmt: skip
