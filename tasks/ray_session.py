@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import socket
@@ -43,15 +44,19 @@ class RaySession:
 
     def __init__(self) -> None:
         self.address: str | None = None
+        self._cpus = 0.0  # of the private cluster; a given one's are its own affair
 
     def connect(self, cpus: int = 0) -> None:
         """Open the session if it is not open yet; `cpus`: what the workers will ask for.
 
+        A private cluster that was made for fewer gives way to a larger one: Ray would wait for the rest for ever.
+
         Raises:
             ConnectionError: RAY_ADDRESS does not answer (ray.init would wait for minutes).
         """
-        if self.address is not None:
+        if self.address is not None and cpus <= self._cpus:
             return
+        self.close()
         for name, value in _QUIET.items():
             os.environ.setdefault(name, value)
         given = os.environ.get("RAY_ADDRESS")
@@ -72,6 +77,7 @@ class RaySession:
                 **({} if given else _private_cluster(cpus)),
             )
         self.address = context.address_info["address"]
+        self._cpus = math.inf if given else _private_cpus(cpus)
 
     def recover(self) -> None:
         """After a failure: a new private cluster; of a given one only the connection, if it does not answer any more.
@@ -148,13 +154,17 @@ def _answer() -> bool:
     return True
 
 
+def _private_cpus(cpus: int) -> int:
+    """On a machine with fewer CPUs than asked for, Ray would wait for ever; slower is better."""
+    return max(cpus, os.cpu_count() or 1)
+
+
 def _private_cluster(cpus: int) -> dict[str, Any]:
     scratch = Path(tempfile.gettempdir()) / f"repae-ray-{os.getuid()}"  # socket paths must stay short
     scratch.mkdir(mode=0o700, exist_ok=True)
     (repae_home() / "ray").mkdir(exist_ok=True)
     return {
-        # On a machine with fewer CPUs than asked for, Ray would wait for ever; slower is better.
-        "num_cpus": max(cpus, os.cpu_count() or 1),
+        "num_cpus": _private_cpus(cpus),
         "object_store_memory": 200_000_000,
         "_temp_dir": str(scratch),
         "_node_ip_address": "127.0.0.1",

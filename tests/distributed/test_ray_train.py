@@ -1,6 +1,7 @@
 """Both training stages on two real Ray Train workers, and a worker killed in the middle."""
 
 import json
+import os
 import signal
 import subprocess
 import threading
@@ -157,6 +158,22 @@ def test_no_worker_outlives_the_private_cluster(monkeypatch):
     with subprocess.Popen(["ray::stuck", "600"], executable="sleep") as stuck:
         session.close()
         assert stuck.wait(10) == -signal.SIGKILL
+
+
+def test_a_later_stage_may_ask_for_more_cpus(home):
+    """The private cluster of the first one would be too small: its workers would be waited for for ever."""
+    import ray
+
+    def worker(payload, report):  # nested: pickled by value, Ray's workers cannot import the tests
+        return {}
+
+    session, machine = RaySession(), os.cpu_count()
+    try:
+        for workers, expected in ((1, machine), (machine + 1, machine + 1), (1, machine + 1)):
+            launch(worker, {}, session=session, workers=workers, cpus_per_worker=1, on_report=print)
+            assert ray.cluster_resources()["CPU"] == expected
+    finally:
+        session.close()
 
 
 def test_an_unreachable_cluster_is_one_line(monkeypatch):
