@@ -79,6 +79,16 @@ class RaySession:
         self.address = context.address_info["address"]
         self._cpus = math.inf if given else _private_cpus(cpus)
 
+    def require_gpus(self, count: int) -> None:
+        """ValueError where the open private cluster has fewer: Ray would wait for them for ever."""
+        if not count or os.environ.get("RAY_ADDRESS"):
+            return
+        import ray
+
+        found = int(ray.cluster_resources().get("GPU", 0))
+        if count > found:
+            raise ValueError(f"gpus_per_worker: the workers need {count} GPU(s), and Ray finds {found} on this machine")
+
     def recover(self) -> None:
         """After a failure: a new private cluster; of a given one only the connection, if it does not answer any more.
 

@@ -160,8 +160,8 @@ def test_no_worker_outlives_the_private_cluster(monkeypatch):
         assert stuck.wait(10) == -signal.SIGKILL
 
 
-def test_a_later_stage_may_ask_for_more_cpus(home):
-    """The private cluster of the first one would be too small: its workers would be waited for for ever."""
+def test_what_a_stage_asks_a_private_cluster_for(home):
+    """It would wait for ever: for more CPUs than the first stage's it is made anew, missing GPUs are refused."""
     import ray
 
     def worker(payload, report):  # nested: pickled by value, Ray's workers cannot import the tests
@@ -172,6 +172,8 @@ def test_a_later_stage_may_ask_for_more_cpus(home):
         for workers, expected in ((1, machine), (machine + 1, machine + 1), (1, machine + 1)):
             launch(worker, {}, session=session, workers=workers, cpus_per_worker=1, on_report=print)
             assert ray.cluster_resources()["CPU"] == expected
+        with pytest.raises(ValueError, match=r"gpus_per_worker: the workers need 99 GPU\(s\), and Ray finds "):
+            launch(worker, {}, session=session, workers=1, cpus_per_worker=1, gpus_per_worker=99, on_report=print)
     finally:
         session.close()
 
