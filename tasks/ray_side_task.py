@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable
 from typing import Any, cast
 
 from tasks.ray_launch import root_cause
+
+_POLL_SECONDS = 0.2
 
 
 class SideTask:
@@ -17,10 +20,18 @@ class SideTask:
 
     def done(self, seconds: float = 0.0) -> bool:
         """Whether it has ended, well or not; waits up to so many seconds."""
+        deadline = time.monotonic() + seconds
+        while not self._ended():
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(_POLL_SECONDS)  # not in `ray.wait`, which swallows the exception of a cancel
+        return True
+
+    def _ended(self) -> bool:
         import ray
 
         try:
-            return bool(ray.wait([self._reference], timeout=seconds)[0])
+            return not ray.is_initialized() or bool(ray.wait([self._reference], timeout=0)[0])
         except Exception:  # its cluster was made anew
             return True
 
@@ -38,11 +49,12 @@ class SideTask:
             raise RuntimeError(root_cause(error)) from error
 
     def cancel(self) -> None:
-        """End it."""
+        """End it; after the end of the session there is nothing to end."""
         import ray
 
-        with contextlib.suppress(Exception):
-            ray.cancel(self._reference, force=True)
+        if ray.is_initialized():
+            with contextlib.suppress(Exception):
+                ray.cancel(self._reference, force=True)
 
 
 def start_beside(
