@@ -60,12 +60,20 @@ class SideTask:
 def start_beside(
     work: Callable[[dict[str, Any]], dict[str, Any]], payload: dict[str, Any], *, cpus: int, gpus: int = 0
 ) -> SideTask | None:
-    """Run `work` on CPUs and GPUs of the open session that nobody has reserved; None where there are not so many."""
+    """Run `work` on CPUs and GPUs of the open session that nobody has reserved; None where there are not so many.
+
+    Raises:
+        RuntimeError: Ray could not, as while its head starts again; the first line of the cause.
+    """
     import ray
 
-    free = ray.available_resources() if ray.is_initialized() else {}
-    if free.get("CPU", 0) < cpus or free.get("GPU", 0) < gpus:
-        return None
-    # max_calls: its process ends with it; with the low priority that `work` may take, Ray must not use it for a worker.
-    remote: Any = cast(Any, ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0, max_calls=1))(work)
-    return SideTask(remote.remote(payload))
+    try:
+        free = ray.available_resources() if ray.is_initialized() else {}
+        if free.get("CPU", 0) < cpus or free.get("GPU", 0) < gpus:
+            return None
+        # max_calls: its process ends with it; with the low priority that `work` may take, Ray must not use it for a
+        # worker.
+        remote: Any = cast(Any, ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0, max_calls=1))(work)
+        return SideTask(remote.remote(payload))
+    except Exception as error:
+        raise RuntimeError(root_cause(error)) from error

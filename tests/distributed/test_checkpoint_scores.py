@@ -77,6 +77,20 @@ def test_what_goes_wrong_is_a_warning(images, tmp_path, home, monkeypatch):
     assert "no score of checkpoint 32: Ray has no CPUs or GPUs that the training leaves free" in told
 
 
+def test_ray_errors_end_no_training(images, tmp_path, home, monkeypatch):
+    """As while the cluster's head starts again."""
+    import ray
+
+    def away():
+        raise ray.exceptions.RaySystemError("the head is away")
+
+    told: list[str] = []
+    monkeypatch.setattr(checkpoint_scores.logger, "warning", lambda text, *values: told.append(text % values))
+    monkeypatch.setattr(ray, "available_resources", away)
+    assert joint_training(tiny.config(images, tmp_path / "store", *SCORED))
+    assert any(line.startswith("no score of checkpoint 64: ") and "the head is away" in line for line in told)
+
+
 def test_a_cancel_while_a_score_is_waited_for(home):
     """Goes on at once, and ending the score afterwards starts no cluster anew."""
     import ray
