@@ -48,9 +48,12 @@ class CheckpointScores:
         if due <= self._started:  # not uploaded yet
             return
         self._started = due
-        task = start_beside(
-            score_worker, self._payload(due), cpus=self._section.cpus_per_worker, gpus=self._section.gpus_per_worker
-        )
+        payload, section = self._payload(due), self._section
+        try:
+            task = start_beside(score_worker, payload, cpus=section.cpus_per_worker, gpus=section.gpus_per_worker)
+        except RuntimeError as error:
+            logger.warning("no score of checkpoint %d: %s", due, error)
+            return
         if task is None:
             logger.warning("no score of checkpoint %d: Ray has no CPUs or GPUs that the training leaves free", due)
         else:

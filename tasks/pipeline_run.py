@@ -12,6 +12,7 @@ from typing import Literal
 from repae_core.artifacts import RunRecord, StageRecord, Store, StoreError, new_run_id, save_run
 from repae_core.config import STAGES, PipelineConfig, section_name, stage_name
 from tasks.display import Display
+from tasks.gpus import require_gpus_of_pipeline
 from tasks.plan import Plan, make_plan, require_scorable
 from tasks.progress_page import ProgressPage
 from tasks.ray_session import RaySession
@@ -95,6 +96,8 @@ def open_run(
     if kind in ("full-pipeline", "evaluate"):
         require_scorable(config)
     plan = make_plan(config, store, references=references)
+    if kind == "full-pipeline":  # a single stage asks itself, if it is not skipped
+        require_gpus_of_pipeline(config, plan, forced)
     run_id = new_run_id()
     session, display = RaySession(), display or Display()
     try:

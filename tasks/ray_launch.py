@@ -66,12 +66,14 @@ def launch(
     Raises:
         FinalError: a worker raised it.
         WorkersFailedError: the workers failed too often.
+        ValueError: a private cluster has not the GPUs.
     """
     if workers == 0:
         return worker(payload, on_report)
     failures, reached = 0, position()
     while True:
         session.connect(workers * cpus_per_worker)
+        session.require_gpus(workers * gpus_per_worker)
         try:
             return _fit(worker, payload, on_report, workers=workers, cpus=cpus_per_worker, gpus=gpus_per_worker)
         except FinalError:

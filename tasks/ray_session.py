@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import socket
@@ -28,6 +29,7 @@ _QUIET = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # read when ray is imported; else a call after the end starts a cluster of its own
 }
 
 logger = logging.getLogger("repae")
@@ -43,15 +45,19 @@ class RaySession:
 
     def __init__(self) -> None:
         self.address: str | None = None
+        self._cpus = 0.0  # of the private cluster; a given one's are its own affair
 
     def connect(self, cpus: int = 0) -> None:
         """Open the session if it is not open yet; `cpus`: what the workers will ask for.
 
+        A private cluster that was made for fewer gives way to a larger one: Ray would wait for the rest for ever.
+
         Raises:
             ConnectionError: RAY_ADDRESS does not answer (ray.init would wait for minutes).
         """
-        if self.address is not None:
+        if self.address is not None and cpus <= self._cpus:
             return
+        self.close()
         for name, value in _QUIET.items():
             os.environ.setdefault(name, value)
         given = os.environ.get("RAY_ADDRESS")
@@ -72,6 +78,17 @@ class RaySession:
                 **({} if given else _private_cluster(cpus)),
             )
         self.address = context.address_info["address"]
+        self._cpus = math.inf if given else _private_cpus(cpus)
+
+    def require_gpus(self, count: int) -> None:
+        """ValueError where the open private cluster has fewer: Ray would wait for them for ever."""
+        if not count or os.environ.get("RAY_ADDRESS"):
+            return
+        import ray
+
+        found = int(ray.cluster_resources().get("GPU", 0))
+        if count > found:
+            raise ValueError(f"gpus_per_worker: the workers need {count} GPU(s), and Ray finds {found} on this machine")
 
     def recover(self) -> None:
         """After a failure: a new private cluster; of a given one only the connection, if it does not answer any more.
@@ -148,13 +165,17 @@ def _answer() -> bool:
     return True
 
 
+def _private_cpus(cpus: int) -> int:
+    """On a machine with fewer CPUs than asked for, Ray would wait for ever; slower is better."""
+    return max(cpus, os.cpu_count() or 1)
+
+
 def _private_cluster(cpus: int) -> dict[str, Any]:
     scratch = Path(tempfile.gettempdir()) / f"repae-ray-{os.getuid()}"  # socket paths must stay short
     scratch.mkdir(mode=0o700, exist_ok=True)
     (repae_home() / "ray").mkdir(exist_ok=True)
     return {
-        # On a machine with fewer CPUs than asked for, Ray would wait for ever; slower is better.
-        "num_cpus": max(cpus, os.cpu_count() or 1),
+        "num_cpus": _private_cpus(cpus),
         "object_store_memory": 200_000_000,
         "_temp_dir": str(scratch),
         "_node_ip_address": "127.0.0.1",

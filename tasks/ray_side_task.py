@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable
 from typing import Any, cast
 
 from tasks.ray_launch import root_cause
+
+_POLL_SECONDS = 0.2
 
 
 class SideTask:
@@ -17,10 +20,18 @@ class SideTask:
 
     def done(self, seconds: float = 0.0) -> bool:
         """Whether it has ended, well or not; waits up to so many seconds."""
+        deadline = time.monotonic() + seconds
+        while not self._ended():
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(_POLL_SECONDS)  # not in `ray.wait`, which swallows the exception of a cancel
+        return True
+
+    def _ended(self) -> bool:
         import ray
 
         try:
-            return bool(ray.wait([self._reference], timeout=seconds)[0])
+            return not ray.is_initialized() or bool(ray.wait([self._reference], timeout=0)[0])
         except Exception:  # its cluster was made anew
             return True
 
@@ -38,22 +49,31 @@ class SideTask:
             raise RuntimeError(root_cause(error)) from error
 
     def cancel(self) -> None:
-        """End it."""
+        """End it; after the end of the session there is nothing to end."""
         import ray
 
-        with contextlib.suppress(Exception):
-            ray.cancel(self._reference, force=True)
+        if ray.is_initialized():
+            with contextlib.suppress(Exception):
+                ray.cancel(self._reference, force=True)
 
 
 def start_beside(
     work: Callable[[dict[str, Any]], dict[str, Any]], payload: dict[str, Any], *, cpus: int, gpus: int = 0
 ) -> SideTask | None:
-    """Run `work` on CPUs and GPUs of the open session that nobody has reserved; None where there are not so many."""
+    """Run `work` on CPUs and GPUs of the open session that nobody has reserved; None where there are not so many.
+
+    Raises:
+        RuntimeError: Ray could not, as while its head starts again; the first line of the cause.
+    """
     import ray
 
-    free = ray.available_resources() if ray.is_initialized() else {}
-    if free.get("CPU", 0) < cpus or free.get("GPU", 0) < gpus:
-        return None
-    # max_calls: its process ends with it; with the low priority that `work` may take, Ray must not use it for a worker.
-    remote: Any = cast(Any, ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0, max_calls=1))(work)
-    return SideTask(remote.remote(payload))
+    try:
+        free = ray.available_resources() if ray.is_initialized() else {}
+        if free.get("CPU", 0) < cpus or free.get("GPU", 0) < gpus:
+            return None
+        # max_calls: its process ends with it; with the low priority that `work` may take, Ray must not use it for a
+        # worker.
+        remote: Any = cast(Any, ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0, max_calls=1))(work)
+        return SideTask(remote.remote(payload))
+    except Exception as error:
+        raise RuntimeError(root_cause(error)) from error

@@ -20,6 +20,7 @@ from prefect.cache_policies import NO_CACHE
 from repae_core.artifacts import Artifact, FileEntry, InputEntry, Lease, LeaseHeld, LeaseLost, StageRecord, StoreError
 from repae_core.config import Config, PipelineConfig
 from tasks.decisions import Decision, decide, stale_input
+from tasks.gpus import require_gpus
 from tasks.outbox import PROGRAMMING_ERRORS
 from tasks.pipeline_run import PipelineRun, how_it_ended
 from tasks.plan import VERSIONS, PlannedStage
@@ -118,7 +119,7 @@ def run_stage(run: PipelineRun, name: str, execute: Execute) -> dict[str, Any]:
     """Skip, resume or run one stage; returns a reference to its artifact (small JSON).
 
     Raises:
-        ValueError: an input artifact is missing or broken: names the command that makes it.
+        ValueError: an input artifact is missing or broken: names the command that makes it; or GPUs are missing.
         LeaseHeld: another process is making this artifact.
     """
     planned = run.plan.stages[name]
@@ -126,6 +127,7 @@ def run_stage(run: PipelineRun, name: str, execute: Execute) -> dict[str, Any]:
     if decision.action == "skip":
         return _skip(run, planned)
     require_inputs(planned)
+    require_gpus(run.config, name)
     logger.info("%s: %s (%s) -> %s", name, decision.action, decision.reason, planned.artifact.uri)
     started = time.monotonic()
     record = StageRecord(fingerprint=planned.artifact.fingerprint, status="running", uri=planned.artifact.uri,

@@ -1,6 +1,9 @@
 """Scores of checkpoints while a training goes on: in MLflow and the logs, and without any effect on the training."""
 
 import json
+import os
+import signal
+import threading
 
 import pytest
 import tiny
@@ -9,6 +12,8 @@ from mlflow import MlflowClient
 from repae_core.artifacts import Artifact, Store
 from repae_core.config import load_config
 from tasks import checkpoint_scores
+from tasks.ray_session import RaySession
+from tasks.ray_side_task import start_beside
 
 ONE = ("train_repae.workers=1", "train_repae.cpus_per_worker=1", "train_ldm.workers=1", "train_ldm.cpus_per_worker=1",
        "train_repae.max_steps=6", "train_ldm.max_steps=8")  # fmt: skip
@@ -70,6 +75,51 @@ def test_what_goes_wrong_is_a_warning(images, tmp_path, home, monkeypatch):
     assert "scores of checkpoints are without guidance: generate.guide=train-ldm is another model" in told
     # The last checkpoint finds room: the training has given its CPUs back by then.
     assert "no score of checkpoint 32: Ray has no CPUs or GPUs that the training leaves free" in told
+
+
+def test_ray_errors_end_no_training(images, tmp_path, home, monkeypatch):
+    """As while the cluster's head starts again."""
+    import ray
+
+    def away():
+        raise ray.exceptions.RaySystemError("the head is away")
+
+    told: list[str] = []
+    monkeypatch.setattr(checkpoint_scores.logger, "warning", lambda text, *values: told.append(text % values))
+    monkeypatch.setattr(ray, "available_resources", away)
+    assert joint_training(tiny.config(images, tmp_path / "store", *SCORED))
+    assert any(line.startswith("no score of checkpoint 64: ") and "the head is away" in line for line in told)
+
+
+def test_a_cancel_while_a_score_is_waited_for(home):
+    """Goes on at once, and ending the score afterwards starts no cluster anew."""
+    import ray
+
+    class Cancelled(BaseException):
+        pass
+
+    def cancel(*_):
+        raise Cancelled
+
+    def endless_score(payload):  # nested: pickled by value, Ray's workers cannot import the tests
+        import time
+
+        time.sleep(600)
+        return {}
+
+    session, handler = RaySession(), signal.signal(signal.SIGUSR1, cancel)
+    session.connect(1)
+    try:
+        task = start_beside(endless_score, {}, cpus=1)
+        threading.Timer(3, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+        with pytest.raises(Cancelled):
+            task.done(100)
+    finally:
+        session.close()
+        signal.signal(signal.SIGUSR1, handler)
+    task.cancel()
+    assert task.done()
+    assert not ray.is_initialized()
 
 
 @pytest.mark.parametrize(("sets", "message"), [

@@ -1,4 +1,4 @@
-"""The private Ray cluster is nobody else's: it listens on the loopback interface only."""
+"""The private Ray cluster is nobody else's: it listens on the loopback interface only, and no other follows it."""
 
 import json
 import os
@@ -21,6 +21,11 @@ found = [
     if connection.status == psutil.CONN_LISTEN
 ]
 session.close()
+try:
+    ray.put(1)
+except ray.exceptions.RaySystemError:
+    pass
+assert not ray.is_initialized(), "a call after the end has started a cluster that nobody ends"
 print(json.dumps(found))
 """
 

@@ -1,6 +1,7 @@
 """Both training stages on two real Ray Train workers, and a worker killed in the middle."""
 
 import json
+import os
 import signal
 import subprocess
 import threading
@@ -157,6 +158,24 @@ def test_no_worker_outlives_the_private_cluster(monkeypatch):
     with subprocess.Popen(["ray::stuck", "600"], executable="sleep") as stuck:
         session.close()
         assert stuck.wait(10) == -signal.SIGKILL
+
+
+def test_what_a_stage_asks_a_private_cluster_for(home):
+    """It would wait for ever: for more CPUs than the first stage's it is made anew, missing GPUs are refused."""
+    import ray
+
+    def worker(payload, report):  # nested: pickled by value, Ray's workers cannot import the tests
+        return {}
+
+    session, machine = RaySession(), os.cpu_count()
+    try:
+        for workers, expected in ((1, machine), (machine + 1, machine + 1), (1, machine + 1)):
+            launch(worker, {}, session=session, workers=workers, cpus_per_worker=1, on_report=print)
+            assert ray.cluster_resources()["CPU"] == expected
+        with pytest.raises(ValueError, match=r"gpus_per_worker: the workers need 99 GPU\(s\), and Ray finds "):
+            launch(worker, {}, session=session, workers=1, cpus_per_worker=1, gpus_per_worker=99, on_report=print)
+    finally:
+        session.close()
 
 
 def test_an_unreachable_cluster_is_one_line(monkeypatch):
