@@ -1,5 +1,6 @@
 """Both training stages on two real Ray Train workers, and a worker killed in the middle."""
 
+import contextlib
 import json
 import os
 import signal
@@ -61,12 +62,13 @@ def test_a_killed_worker_restarts_from_the_checkpoint(images, tmp_path, home):
         deadline = time.monotonic() + 200
         while time.monotonic() < deadline and not killed:
             found = [committed_checkpoints(Artifact(store, "train-repae", f)) for f in store.folders("train-repae")]
-            workers = [
-                p for p in psutil.process_iter(["cmdline"]) if "ray::RayTrainWorker" in "".join(p.info["cmdline"] or [])
-            ]
-            if found and found[0] and workers:
-                workers[0].kill()
-                killed.append(found[0])
+            # Those of this process only: others may have Ray workers on the same machine.
+            for process in psutil.Process().children(recursive=True) if found and found[0] else ():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if "ray::RayTrainWorker" in "".join(process.cmdline()):
+                        process.kill()
+                        killed.append(found[0])
+                        break
             time.sleep(0.05)
 
     thread = threading.Thread(target=kill_one_worker)
