@@ -91,7 +91,7 @@ def _of_doubled_input(weight: Tensor) -> Tensor:
     """[C_in,C_out,4,4]: the kernel (stride 2) that doubles its input and convolves it with `weight` [C_out,C_in,3,3].
 
     In either dimension its taps are (after, centre + after, before + centre, before): sums, taken as one product, which
-    comes in the layout the convolution takes (slices and `stack` cost a tenth to a fourth of the layer on a CPU).
+    comes in the layout the convolution takes (slices and `stack` cost up to a fourth of the layer on a CPU).
     """
     tap = torch.eye(3, dtype=weight.dtype, device=weight.device)
     sums = (F.pad(tap, (0, 0, 0, 1)) + F.pad(tap, (0, 0, 1, 0))).flip(0)  # [4,3]
