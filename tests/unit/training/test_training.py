@@ -94,6 +94,7 @@ def test_a_lost_lease_prevents_the_commit(config, images, tmp_path):
 
     with pytest.raises(Stopped):
         train(start(config, images, out), guard)
+    assert any(name.endswith("vae.safetensors") for name in out.files())
     assert committed_checkpoints(out) == []
 
 
