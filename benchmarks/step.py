@@ -1,14 +1,15 @@
 """Milliseconds a training step by phase, peak memory and share of this machine's measured peak; ratios from one run.
 
-    python benchmarks/step.py                                  # SiT-B/2, f8d4, 128 px, batch 4: about 12 minutes
+    python benchmarks/step.py                                  # SiT-B/2, f8d4, 128 px, batch 4: about 18 minutes
     python benchmarks/step.py --quick                          # small sizes, under a minute: does it run?
     python benchmarks/step.py --device cuda --model SiT-XL/2 --resolution 256 --batch 32
     python benchmarks/step.py --only ldm --steps 20
 
 Each case runs in a process of its own, which measures the peaks before and after its steps; figures are medians.
-Weights are random, of the real sizes. For scale: the published implementation was measured at 19.0 s a joint step (VAE
-and its losses 17.4, SiT 1.3, encoder 0.32, discriminator 0.22, EMA 0.036; 7.8 GB) and 1.70 s a latent-only step on a
-2-core machine with peaks of 145-200 GFLOP/s in fp32 and 360-450 in bf16; compare only on a machine with such peaks.
+Cached over computed features is measured in six processes of their own. Weights are random, of the real sizes. For
+scale: the published implementation was measured at 19.0 s a joint step (VAE and its losses 17.4, SiT 1.3, encoder
+0.32, discriminator 0.22, EMA 0.036; 7.8 GB) and 1.70 s a latent-only step on a 2-core machine with peaks of 145-200
+GFLOP/s in fp32 and 360-450 in bf16; compare only on a machine with such peaks.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from engine import Case, PhaseFlops, Stepper, measured_peaks, state_bytes, write
 from repae_core.models.vae import Upsample
 
 PHASES = ("encoder", "vae", "discriminator", "sit", "ema")
+TURNS = 6  # processes that compare cached with computed features: each lays its heap out anew, worth 2 % of the ratio
 SETTLING = 8  # short steps before the first timed one: the heap takes as many to find its shape
 QUICK = {"model": "SiT-S/2", "vae": "{base_channels: 32, norm_groups: 8}", "resolution": 64, "encoder": "dinov2-vit-b"}
 
@@ -56,28 +58,20 @@ def measure(case: Case, steps: int) -> dict[str, Any]:
     """In the case's own process: median seconds of a step and its phases, memory, peaks, operations, losses."""
     import torch
 
-    from repae_core.training.distributed import open_group
-    from repae_core.training.host_memory import freed_memory_kept
     from repae_core.training.throughput import peak_memory
 
-    torch.set_num_threads(case.threads)
-    with freed_memory_kept() if case.kept_memory and case.device == "cpu" else contextlib.nullcontext():
+    with _memory(case):
         before = _resident_bytes(case)
         peaks = [measured_peaks(case)]
-        stepper = Stepper(case, open_group(use_gpu=case.device != "cpu"))
-        timer, metrics = stepper.state.timer, stepper.step()
-        for _ in range(1 if case.stage == "repae" else SETTLING):
-            stepper.timed_step()
-        timer.take()
+        stepper, metrics = settled(case)
+        timer = stepper.state.timer
         taken = [(stepper.timed_step(), timer.take()) for _ in range(steps)]
         memory = peak_memory(torch.device(case.device))
         peaks.append(measured_peaks(case))
-        pairs = alternating(stepper, 4 * steps) if case.stage == "ldm" and not case.cached else None
         executed, defined = count_flops(stepper)  # last: counting takes memory
     return {
         "step": statistics.median(seconds for seconds, _ in taken),
         "phases": {p: statistics.median(t.get(p, 0.0) for _, t in taken) for p in PHASES},
-        "cached_over_computed": pairs,
         "flops": defined,
         "executed": executed,
         "memory": memory,
@@ -85,6 +79,21 @@ def measure(case: Case, steps: int) -> dict[str, Any]:
         "peaks": {name: statistics.mean(each[name] for each in peaks) for name in peaks[0]},
         "losses": {name: float(value) for name, value in metrics.items() if "loss" in name},
     }
+
+
+def settled(case: Case) -> tuple[Stepper, dict[str, Any]]:
+    """A stepper after its untimed steps, and the metrics of its first."""
+    import torch
+
+    from repae_core.training.distributed import open_group
+
+    torch.set_num_threads(case.threads)
+    stepper = Stepper(case, open_group(use_gpu=case.device != "cpu"))
+    metrics = stepper.step()
+    for _ in range(1 if case.stage == "repae" else SETTLING):
+        stepper.timed_step()
+    stepper.state.timer.take()
+    return stepper, metrics
 
 
 def count_flops(stepper: Stepper) -> tuple[dict[str, int], dict[str, int]]:
@@ -99,19 +108,27 @@ def count_flops(stepper: Stepper) -> tuple[dict[str, int], dict[str, int]]:
     return executed.flops, defined.flops
 
 
-def alternating(stepper: Stepper, rounds: int) -> float:
-    """Time of steps with cached features over those that compute them, in turn; the median round.
+def cached_over_computed(case: Case, rounds: int) -> float:
+    """In a process of its own: time of steps with cached features over those that compute them; the median round.
 
-    A machine that is slower for a minute slows both steps of its rounds. The first step of a turn is not timed: the
-    encoder's weights have driven SiT's out of the processor's cache.
+    They take turns: a machine that is slower for a minute slows both steps of its rounds. The first step of a turn is
+    not timed: the encoder's weights have driven SiT's out of the processor's cache.
     """
-    return statistics.median(_turn(stepper, True) / _turn(stepper, False) for _ in range(rounds))
+    with _memory(case):
+        stepper, _ = settled(case)
+        return statistics.median(_turn(stepper, True) / _turn(stepper, False) for _ in range(rounds))
 
 
 def _turn(stepper: Stepper, cached: bool) -> float:
     stepper.cached = cached
     stepper.step()
     return stepper.timed_step() + stepper.timed_step()
+
+
+def _memory(case: Case) -> contextlib.AbstractContextManager[None]:
+    from repae_core.training.host_memory import freed_memory_kept
+
+    return freed_memory_kept() if case.kept_memory and case.device == "cpu" else contextlib.nullcontext()
 
 
 def environment(case: Case) -> dict[str, str]:
@@ -121,6 +138,15 @@ def environment(case: Case) -> dict[str, str]:
 
 def _resident_bytes(case: Case) -> int:
     return psutil.Process().memory_info().rss if case.device == "cpu" else 0
+
+
+def in_a_process(case: Case, steps: int, *options: str) -> Any:
+    """What the case's process prints last."""
+    chosen = ["--steps", str(steps), "--case", json.dumps(dataclasses.asdict(case)), *options]
+    done = subprocess.run(
+        [sys.executable, __file__, *chosen], stdout=subprocess.PIPE, text=True, check=True, env=environment(case)
+    )
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def show(case: Case, got: dict[str, Any]) -> None:
@@ -134,8 +160,8 @@ def show(case: Case, got: dict[str, Any]) -> None:
           flush=True)  # fmt: skip
 
 
-def ratios(got: dict[str, dict[str, Any]]) -> list[str]:
-    """The comparisons, as lines."""
+def ratios(got: dict[str, dict[str, Any]], turns: list[float]) -> list[str]:
+    """The comparisons, as lines; turns: what each process of `cached_over_computed` found."""
     lines = []
     if plain := got.get("repae"):
         vae, executed = (
@@ -158,8 +184,9 @@ def ratios(got: dict[str, dict[str, Any]]) -> list[str]:
     if plain := got.get("ldm"):
         cached, half = got["ldm cached features"], got["ldm bf16"]
         half_cached = got["ldm bf16 cached features"]
-        lines.append(f"latent-only step, cached / computed features {plain['cached_over_computed']:.2f}   "
-                     f"(steps in turn; bf16 {half['cached_over_computed']:.2f})")  # fmt: skip
+        low, *_, high = sorted(turns)
+        lines.append(f"latent-only step, cached / computed features {statistics.median(turns):.2f}   "
+                     f"(steps in turn; {len(turns)} processes: {low:.3f} to {high:.3f})")  # fmt: skip
         lines.append(f"latent-only step, bf16 / fp32                {half['step'] / plain['step']:.2f}")
         lines.append(f"  the same with cached features              {half_cached['step'] / cached['step']:.2f}")
     return lines
@@ -179,9 +206,11 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="every case with torch.compile")
     parser.add_argument("--quick", action="store_true", help="small sizes")
     parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument("--turns", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.case:
-        print(json.dumps(measure(Case(**json.loads(chosen.case)), chosen.steps)))
+        case = Case(**json.loads(chosen.case))
+        print(json.dumps(cached_over_computed(case, 2 * chosen.steps) if chosen.turns else measure(case, chosen.steps)))
         return
     sizes = {
         name: getattr(chosen, name) for name in ("model", "vae", "resolution", "batch", "threads", "device", "compile")
@@ -195,12 +224,10 @@ def main() -> None:
         )
         for case in cases(base).values():
             if chosen.only in (None, case.stage):
-                command = [sys.executable, __file__, "--steps", str(chosen.steps), "--case",
-                           json.dumps(dataclasses.asdict(case))]  # fmt: skip
-                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment(case))
-                got[case.name.replace(" compile", "")] = result = json.loads(done.stdout.splitlines()[-1])
+                got[case.name.replace(" compile", "")] = result = in_a_process(case, chosen.steps)
                 show(case, result)
-    print("\n".join(["", *ratios(got)]))
+        turns = [in_a_process(cases(base)["ldm"], chosen.steps, "--turns") for _ in range(TURNS if "ldm" in got else 0)]
+    print("\n".join(["", *ratios(got, turns)]))
     if "repae" in got:
         print("losses of the first step, fp32 and bf16:")
         for name, value in got["repae"]["losses"].items():

@@ -30,7 +30,8 @@ class CheckpointScores:
         self._context, self._section, self._images = context, section, images
         self._every = section.score_every * section.batch_size  # images
         self._running: tuple[int, SideTask] | None = None
-        self._started = self._newest_due()  # scored before this attempt
+        # A score that ran when an earlier attempt died is made again.
+        self._started = max(filter(self._scored, self._due()), default=0)
 
     def look(self, images_seen: int) -> None:
         """Take a finished score, start the one that is due at this position of the training."""
@@ -44,7 +45,7 @@ class CheckpointScores:
             self._take()
         if self._running is not None or images_seen < self._started + self._every:
             return
-        due = self._newest_due()
+        due = max(self._due(), default=0)
         if due <= self._started:  # not uploaded yet
             return
         self._started = due
@@ -86,9 +87,11 @@ class CheckpointScores:
         logger.info("checkpoint %d, %d samples: %s", images_seen, self._section.score_images,
                     ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))  # fmt: skip
 
-    def _newest_due(self) -> int:
-        due = [seen for seen in committed_checkpoints(self._context.artifact) if seen % self._every == 0]
-        return max(due, default=0)
+    def _due(self) -> list[int]:
+        return [seen for seen in committed_checkpoints(self._context.artifact) if seen % self._every == 0]
+
+    def _scored(self, images_seen: int) -> bool:
+        return self._context.artifact.exists(_file(images_seen))
 
     def _payload(self, images_seen: int) -> dict[str, Any]:
         context = self._context

@@ -124,7 +124,13 @@ class Tracker:
                 self.client.set_tag(self.parent_id, "mlflow.note.content", markdown)
 
     def register_model(self, run_id: str, name: str, files: Mapping[str, bytes], tags: Mapping[str, str]) -> str:
-        """Upload a model's files (safetensors, JSON) to the run and register them; returns `models:/name/version`."""
+        """Upload a model's files (safetensors, JSON) to the run and register them; returns `models:/name/version`.
+
+        Once a run and tags: an attempt that died before its stage was whole has registered them already.
+        """
+        for version in self.client.search_model_versions(f"name='{name}' and run_id='{run_id}'"):
+            if version.tags == tags:
+                return f"models:/{name}/{version.version}"
         folder = name.rpartition("-")[2]
         for file, data in files.items():
             self._log_bytes(run_id, data, folder, file)

@@ -26,6 +26,7 @@ from repae_core.training.state import LDMState
 
 logger = logging.getLogger("repae_core")
 
+_ROOM_SECONDS = 5.0
 _CANCEL_SECONDS = 5.0  # a cancelled run must be gone within 15 s; an upload cut off is not committed
 
 
@@ -37,7 +38,8 @@ class CheckpointWriter:
     next `save`, `check` or at the end. Kept are the newest `keep`, and every one at a multiple of `keep_every`
     images (0 = none).
 
-    guard: called right before each commit, raises when the stage's lease is lost.
+    guard: called right before each commit, raises when the stage's lease is lost; waits: called on every rank again
+    and again while `save` waits for room.
     """
 
     def __init__(
@@ -46,12 +48,14 @@ class CheckpointWriter:
         state: LDMState,
         *,
         guard: Callable[[], None],
+        waits: Callable[[], None] = lambda: None,
         keep: int,
         keep_every: int = 0,
         waiting: int = 2,
     ) -> None:
         self.seconds = 0.0  # that training has lost to checkpoints so far
         self._folder, self._state, self._guard = folder, state, guard
+        self._waits = waits
         self._keep, self._keep_every = keep, keep_every
         self._room = threading.Semaphore(waiting)
         self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue()
@@ -84,9 +88,8 @@ class CheckpointWriter:
         """
         began = time.monotonic()
         target = self._scratch / str(record["images_seen"])
-        if self._thread is not None:
-            self._room.acquire()
-            self.check()
+        while self._state.group.from_main(not self._has_room()):
+            self._waits()
         try:
             write_snapshot(target, self._state, record)
         except (OSError, SafetensorError, RuntimeError) as error:
@@ -120,6 +123,12 @@ class CheckpointWriter:
         while self._thread is not None and self._thread.is_alive() and self._queue.unfinished_tasks:
             time.sleep(0.05)
         self.check()
+
+    def _has_room(self) -> bool:
+        """On the main rank for one more snapshot, after a while at most; the others have."""
+        room = self._thread is None or self._room.acquire(timeout=_ROOM_SECONDS)
+        self.check()
+        return room
 
     def _work(self) -> None:
         while (job := self._queue.get()) is not None:

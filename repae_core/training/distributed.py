@@ -65,6 +65,10 @@ class Group:
         dist.all_gather(gathered, values.contiguous())
         return gathered
 
+    def from_main(self, flag: bool) -> bool:
+        """The main rank's flag, on every rank."""
+        return bool(self.gather(torch.tensor([float(flag)], device=self.device))[0].item())
+
     def all_true(self, flags: Tensor) -> Tensor:
         """Elementwise `and` of a bool tensor over processes."""
         if self.world_size == 1:

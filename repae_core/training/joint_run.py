@@ -110,7 +110,7 @@ class JointRun(TrainingRun):
     def preview(self, step: int) -> dict[str, bytes]:
         """Reconstructions always, samples once SiT trains."""
         return draw_previews(
-            vae=self.state.vae.module,
+            vae=self.state.vae_ema or self.state.vae.module,
             sit=self.state.ema if step > self.joint.vae_warmup_steps else None,
             real=self.images.images(np.arange(min(16, len(self.images)))).to(self.group.device),
             guidance=self.config.generate.guidance,

@@ -185,6 +185,7 @@ class TrainingLoop:
             self.folder,
             self.state,
             guard=self.guard,
+            waits=self.alive,
             keep=s.keep_checkpoints,
             keep_every=s.keep_checkpoints_every * s.batch_size,
             waiting=s.checkpoint_queue,

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-import torch
 
 from repae_core.artifacts import Artifact
 from repae_core.config import PipelineConfig, TrainingConfig
@@ -59,15 +58,15 @@ class TrainingRun(ABC):
         """The main rank draws, the others wait for it (nothing from them): on none of them it counts as hanging."""
         if self.group.is_main:
             pictures = self.preview(step)
-            self.group.gather(torch.zeros(1, device=self.group.device))
+            self.group.from_main(False)
             return pictures
-        while self.group.gather(torch.ones(1, device=self.group.device))[0].item():
+        while self.group.from_main(True):
             self.alive()
         return {}
 
     def pulse(self, *_: object) -> None:
         """While pictures are drawn: they take their time."""
-        self.group.gather(torch.ones(1, device=self.group.device))
+        self.group.from_main(True)
         self.alive()
 
     def alive(self) -> None:

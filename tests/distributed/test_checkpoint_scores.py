@@ -4,14 +4,17 @@ import json
 import os
 import signal
 import threading
+from types import SimpleNamespace
 
 import pytest
 import tiny
 from mlflow import MlflowClient
 
 from repae_core.artifacts import Artifact, Store
+from repae_core.artifacts.checkpoints import commit_checkpoint
 from repae_core.config import load_config
 from tasks import checkpoint_scores
+from tasks.checkpoint_scores import CheckpointScores
 from tasks.ray_session import RaySession
 from tasks.ray_side_task import start_beside
 
@@ -89,6 +92,20 @@ def test_ray_errors_end_no_training(images, tmp_path, home, monkeypatch):
     monkeypatch.setattr(ray, "available_resources", away)
     assert joint_training(tiny.config(images, tmp_path / "store", *SCORED))
     assert any(line.startswith("no score of checkpoint 64: ") and "the head is away" in line for line in told)
+
+
+@pytest.mark.parametrize("scored", [True, False])
+def test_a_score_that_ran_when_its_driver_died_is_made_again(tmp_path, monkeypatch, scored):
+    artifact = Artifact(Store(str(tmp_path / "store")), "train-repae", "f" * 16)
+    commit_checkpoint(artifact, "checkpoints/64")
+    if scored:
+        artifact.write_json("logs/scores-000000064.json", {})
+    config = tiny.config(tmp_path, tmp_path / "store", *SCORED)
+    context = SimpleNamespace(config=config, section=config.train_repae, artifact=artifact, inputs={})
+    started = []
+    monkeypatch.setattr(checkpoint_scores, "start_beside", lambda work, payload, **_: started.append(payload))
+    CheckpointScores(context, artifact).look(64)
+    assert [payload["images_seen"] for payload in started] == ([] if scored else [64])
 
 
 def test_a_cancel_while_a_score_is_waited_for(home):

@@ -67,3 +67,12 @@ def test_registered_artifacts_are_known_under_any_models_name(home, artifact):
     tracker.client.rename_registered_model("repae-sit", "our best")
     known = {uri for uri in tracker.registered_artifacts() if uri.startswith("/store/")}  # other tests register, too
     assert known == {"/store/train-ldm/1", "/store/extract-vae/2"}
+
+
+def test_a_stage_that_died_after_registering_registers_once(home):
+    tracker = Tracker("test")
+    with tracker.pipeline_run("first", {}) as run:
+        one, again, other = (
+            tracker.register_model(run, "repae-sit", {"x.json": b"{}"}, {"images_seen": seen}) for seen in "112"
+        )
+    assert one == again != other

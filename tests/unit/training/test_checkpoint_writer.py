@@ -77,15 +77,20 @@ def test_a_snapshot_is_the_state_of_its_step(folder, state):
     assert torch.equal(load(folder.read_bytes("checkpoints/10/sit.safetensors"))["weight"], before)
 
 
-def test_scratch_is_bounded(folder, state, tmp_path):
-    gate = threading.Event()
-    with writer(folder, state, guard=lambda: gate.wait(20), keep=9, waiting=2) as target:
+def test_scratch_is_bounded(folder, state, tmp_path, monkeypatch):
+    """And a step that waits for a slow store tells the watchdog that it has not hung."""
+    monkeypatch.setattr(checkpoint_writer, "_ROOM_SECONDS", 0.05)
+    gate, waits = threading.Event(), []
+    settings = {"waits": lambda: waits.append(1), "keep": 9, "waiting": 2}
+    with writer(folder, state, guard=lambda: gate.wait(20), **settings) as target:
         save(target, 10)
         save(target, 20)
+        assert waits == []
         third = threading.Thread(target=save, args=(target, 30))
         third.start()
-        third.join(0.3)
+        third.join(0.5)
         assert third.is_alive()
+        assert len(waits) > 2
         assert len(list(tmp_path.glob("repae-checkpoints-*/*/*"))) == 2
         gate.set()
         third.join(20)

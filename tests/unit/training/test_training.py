@@ -10,6 +10,7 @@ from repae_core.artifacts import Artifact, Store
 from repae_core.artifacts.checkpoints import commit_checkpoint, committed_checkpoints, resolve_checkpoint
 from repae_core.config import PipelineConfig
 from repae_core.diffusion import Interpolant
+from repae_core.training import joint_run
 from repae_core.training.distributed import open_group
 from repae_core.training.draws import sample_draws
 from repae_core.training.joint_run import JointRun
@@ -281,6 +282,18 @@ def test_pictures_do_not_count_as_a_step_that_hangs(config, images, tmp_path, mo
                   Artifact(Store(str(tmp_path)), "train-repae", "plain"))  # fmt: skip
     train(plain)
     assert not any(name.startswith("previews/") for name in plain.folder.files())
+
+
+def test_pictures_are_of_the_vaes_average_where_there_is_one(config, images, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(joint_run, "draw_previews", lambda **given: drawn.append(given["vae"]) or {})
+    section = config.train_repae.model_copy(update={"vae_ema_decay": 0.9})
+    averaged = start(config.model_copy(update={"train_repae": section}), images, folder(tmp_path))
+    plain = start(config, images, folder(tmp_path))
+    for run in (averaged, plain):
+        run.preview(10)
+    assert averaged.state.vae_ema is not None
+    assert drawn == [averaged.state.vae_ema, plain.state.vae.module]
 
 
 def test_a_checkpoint_dropped_while_it_is_looked_at_is_none(config, images, tmp_path, monkeypatch):
