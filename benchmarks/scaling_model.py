@@ -31,7 +31,7 @@ class Part:
     weights: int
 
 
-def flops_of(module: torch.nn.Module, *inputs: torch.Tensor) -> int:
+def flops_of(module: torch.nn.Module, *inputs: torch.Tensor | bool) -> int:
     """Operations of one forward pass on meta tensors."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         module(*inputs)

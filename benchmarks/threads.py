@@ -18,8 +18,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from flows.environment import THREADS_AND_MEMORY
+
+if TYPE_CHECKING:
+    from repae_core.artifacts import Artifact
 
 POLICIES = {  # how idle threads wait
     "spin": {},  # OpenMP's default
@@ -66,7 +70,7 @@ def run_case(store: str, steps: int, workers: int, threads: int, policy: str) ->
         port = server.getsockname()[1]
     started = []
     for rank in range(workers):
-        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": workers, "LOCAL_WORLD_SIZE": workers}
+        ranks: dict[str, Any] = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": workers, "LOCAL_WORLD_SIZE": workers}
         ranks |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
         extra = {k: str(v) for k, v in ranks.items()} if workers > 1 else {}
         command = [sys.executable, __file__, "--worker", store, "--steps", str(steps)]
@@ -91,7 +95,7 @@ def preprocess(store: str) -> None:
     )
 
 
-def artifact(store: str, stage: str):
+def artifact(store: str, stage: str) -> Artifact:
     from repae_core.artifacts import Artifact, Store
 
     return Artifact(Store(store), stage, "0" * 16)
