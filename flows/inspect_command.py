@@ -82,14 +82,14 @@ def verify_artifacts(stage: str, store: str) -> None:
         raise RuntimeError(f"{problems} broken file(s) in {opened.url}")
 
 
-def open_store(store: str) -> Store:
+def open_store(store: str, *, may_be_new: bool = False) -> Store:
     """The store in force, checked.
 
     Raises:
         ValueError: a folder that does not exist: mistyped, or nothing was made yet.
     """
     opened = Store(store_url(load_config(), store), retry_seconds=10)
-    if opened.is_local and not Path(opened.root).is_dir():
+    if not may_be_new and opened.is_local and not Path(opened.root).is_dir():
         raise ValueError(f"no store in {opened.url}: nothing was made there yet; say --store, or set REPAE_STORE")
     opened.check()
     return opened

@@ -13,7 +13,7 @@ def import_published(file: str, store: str, trainable_pos_embed: bool) -> None:
     """Take a published checkpoint into the store; say how to use it."""
     from repae_core.interop import import_checkpoint
 
-    artifact = import_checkpoint(file, open_store(store), trainable_pos_embed=trainable_pos_embed)
+    artifact = import_checkpoint(file, open_store(store, may_be_new=True), trainable_pos_embed=trainable_pos_embed)
     print(f"Artifact  {artifact.uri}")
     if artifact.stage == "train-repae":
         print(f"Its VAE   repae stage extract-vae --inputs model={artifact.fingerprint} ...")

@@ -9,7 +9,7 @@ from typing import Any
 from repae_core.artifacts import Artifact, StoreError
 from repae_core.artifacts.checkpoints import committed_checkpoints
 from repae_core.config import TrainingConfig
-from tasks.ray_side_task import SideTask, start_beside
+from tasks.ray_side_task import LostError, SideTask, start_beside
 from tasks.stage import StageContext
 from tasks.training_worker import artifact_reference, score_worker
 
@@ -30,6 +30,7 @@ class CheckpointScores:
         self._context, self._section, self._images = context, section, images
         self._every = section.score_every * section.batch_size  # images
         self._running: tuple[int, SideTask] | None = None
+        self._lost = 0  # whose score went with a failed worker group
         # A score that ran when an earlier attempt died is made again.
         self._started = max(filter(self._scored, self._due()), default=0)
 
@@ -79,6 +80,11 @@ class CheckpointScores:
         (images_seen, task), self._running = self._running, None
         try:
             scores = task.result()
+        except LostError as error:
+            logger.warning("no score of checkpoint %d: %s", images_seen, error)
+            if images_seen != self._lost:  # once more
+                self._lost, self._started = images_seen, images_seen - self._every
+            return
         except RuntimeError as error:
             logger.warning("no score of checkpoint %d: %s", images_seen, error)
             return

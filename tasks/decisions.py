@@ -79,10 +79,10 @@ def _what_changed(planned: PlannedStage) -> str:
 
 
 def _manifests(planned: PlannedStage) -> list[Manifest]:
-    """Of every finished artifact of the same stage."""
+    """Of every finished artifact of the same stage that a config made (an import is of none)."""
     store, stage = planned.artifact.store, planned.name
     found = (Artifact(store, stage, name).manifest() for name in store.folders(stage))
-    return [manifest for manifest in found if manifest is not None]
+    return [manifest for manifest in found if manifest is not None and "config" in manifest.config]
 
 
 def _longest_of_fewer_steps(planned: PlannedStage, manifests: Iterable[Manifest]) -> Manifest | None:

@@ -22,9 +22,9 @@ VERSIONS = {
     "train-repae": 4,
     "extract-vae": 1,
     "cache-latents": 4,
-    "train-ldm": 2,
-    "generate": 3,
-    "evaluate": 4,
+    "train-ldm": 3,
+    "generate": 4,
+    "evaluate": 5,
 }
 
 

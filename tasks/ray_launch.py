@@ -105,9 +105,12 @@ def _fit(
     # Restarted where its machine is lost: `fit` alone decides whether the workers have failed.
     mailbox: Any = cast(Any, ray.remote(num_cpus=0, max_restarts=-1)(_Mailbox)).remote()
     final: list[FinalError] = []
+    received = ""
 
     def deliver() -> None:
-        for message in ray.get(mailbox.drain.remote(), timeout=60):
+        nonlocal received
+        received, messages = ray.get(mailbox.read.remote(received), timeout=60)
+        for message in messages:
             if _FINAL in message:
                 final.append((FinalInputError if message["bad_input"] else FinalError)(message[_FINAL]))
                 continue
@@ -149,17 +152,21 @@ def preempted() -> bool:
 
 
 class _Mailbox:
-    """Messages from the workers, kept until the driver takes them."""
+    """Messages from the workers, kept until the driver has them: an answer that does not arrive is given again."""
 
     def __init__(self) -> None:
         self.messages: list[dict[str, Any]] = []
+        self.answer, self.answered = "", 0  # name of the last answer, messages in it
 
     def put(self, message: dict[str, Any]) -> None:
         self.messages.append(message)
 
-    def drain(self) -> list[dict[str, Any]]:
-        messages, self.messages = self.messages, []
-        return messages
+    def read(self, received: str) -> tuple[str, list[dict[str, Any]]]:
+        """This answer's name and messages; those of the answer that the driver says it has received are dropped."""
+        if received == self.answer:
+            del self.messages[: self.answered]
+        self.answer, self.answered = uuid.uuid4().hex, len(self.messages)
+        return self.answer, self.messages
 
 
 def _run_trainer(loop_config: dict[str, Any], scratch: str, *, workers: int, cpus: int, gpus: int) -> dict[str, Any]:

@@ -12,6 +12,10 @@ from tasks.ray_launch import root_cause
 _POLL_SECONDS = 0.2
 
 
+class LostError(RuntimeError):
+    """The work ended with its process or its cluster; it said nothing itself."""
+
+
 class SideTask:
     """Work in the cluster that nothing waits for; at the end of the session it is gone."""
 
@@ -40,13 +44,16 @@ class SideTask:
 
         Raises:
             RuntimeError: it failed; the first line of the cause.
+            LostError: it did not come to an end.
         """
         import ray
 
         try:
             return cast(dict[str, Any], ray.get(self._reference, timeout=10))
-        except Exception as error:
+        except ray.exceptions.RayTaskError as error:
             raise RuntimeError(root_cause(error)) from error
+        except Exception as error:
+            raise LostError("its process or its Ray cluster has ended") from error
 
     def cancel(self) -> None:
         """End it; after the end of the session there is nothing to end."""

@@ -128,15 +128,13 @@ class Tracker:
 
         Once a run and tags: an attempt that died before its stage was whole has registered them already.
         """
-        for version in self.client.search_model_versions(f"name='{name}' and run_id='{run_id}'"):
-            if version.tags == tags:
-                return f"models:/{name}/{version.version}"
         folder = name.rpartition("-")[2]
         for file, data in files.items():
             self._log_bytes(run_id, data, folder, file)
         with contextlib.suppress(self._mlflow.exceptions.MlflowException):
             self.client.create_registered_model(name)
-        version = self.client.create_model_version(
+        found = self.client.search_model_versions(f"name='{name}' and run_id='{run_id}'")
+        version = next((v for v in found if v.tags == tags), None) or self.client.create_model_version(
             name, source=f"runs:/{run_id}/{folder}", run_id=run_id, tags=dict(tags)
         )
         self.client.set_registered_model_alias(name, "latest-run", version.version)

@@ -166,8 +166,8 @@ class TrainingConfig(Config):
     )
     step_timeout: float = execution(
         0.0,
-        "Seconds after which a step counts as hanging, waiting for the store included; 0 = max(120 s, 10 x median); "
-        "not watched with workers=0",
+        "Seconds after which a step counts as hanging, reading from the store included, waiting until it takes "
+        "checkpoints not; 0 = max(120 s, store_retry_seconds + 60 s, 10 x median); not watched with workers=0",
         ge=0,
     )
 

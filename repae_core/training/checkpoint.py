@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from repae_core.artifacts import Artifact
 from repae_core.artifacts.checkpoints import CommittedFiles
 from repae_core.training.state import JointState, LDMState
+
+logger = logging.getLogger("repae_core")
 
 _FORMER_NAMES = {"gradient_accumulation_steps": "accumulation_steps"}  # in checkpoints that `init_from` may name
 
@@ -63,8 +66,8 @@ def load_checkpoint(
 
     Raises:
         ValueError: it was written by another number of workers (the discriminator's statistics are theirs) or with
-            other fixed settings, is of another architecture, has no moving average of the VAE where this run keeps one,
-            or is not as committed.
+            other fixed settings, is of another architecture or number of parameters, has no moving average of the VAE
+            where this run keeps one, or is not as committed.
     """
     files = CommittedFiles(folder, images_seen)
     record: dict[str, Any] = json.loads(files.read("state.json"))
@@ -87,19 +90,26 @@ def load_checkpoint(
         try:
             module.load_state_dict(load_safetensors(files.read(f"{weights}.safetensors")))
         except RuntimeError as error:  # torch's lists every tensor
-            why = _other_specs(record, state) or str(error).splitlines()[-1].strip()
+            why = _other_spec(record, weights, module) or str(error).splitlines()[-1].strip()
             raise ValueError(
                 f"{folder.uri}: checkpoint {images_seen} is of another architecture ({weights}): {why}"
             ) from error
     for network, trained in state.networks().items():
         blob = io.BytesIO(files.read(f"{network}.optimizer.pt"))
         saved = torch.load(blob, map_location="cpu", weights_only=True)
-        trained.load_optimizer_state(saved["optimizer"])
+        try:
+            trained.load_optimizer_state(saved["optimizer"])
+        except ValueError as error:
+            raise ValueError(
+                f"{folder.uri}: checkpoint {images_seen}, {network}: {error}; was compat.trainable_pos_embed another?"
+            ) from error
         if saved["scaler"]:
             trained.scaler.load_state_dict(saved["scaler"])
     if isinstance(state, JointState):
         if state.lecam is not None and "lecam" in record:
             state.lecam.load_state_dict(record["lecam"])
+        elif state.lecam is not None:
+            logger.warning("%s: checkpoint %d has no averages of LeCam: they start anew", folder.uri, images_seen)
         if state.group.world_size > 1 and record["world_size"] is not None:
             buffers = load_safetensors(files.read(f"rank{state.group.rank}.safetensors"))
             state.discriminator.module.load_state_dict(buffers, strict=False)
@@ -107,14 +117,13 @@ def load_checkpoint(
     return record
 
 
-def _other_specs(record: dict[str, Any], state: LDMState) -> str:
-    """What the networks of a checkpoint were made with, where this run's differ."""
-    networks = {"sit": state.sit.module} | ({"vae": state.vae.module} if isinstance(state, JointState) else {})
-    found = []
-    for name, module in networks.items():
-        theirs, ours = record.get(name, {}), json.loads(json.dumps(module.spec))
-        found += [f"{name}'s {k} is {theirs[k]}, this run's {v}" for k, v in ours.items() if theirs.get(k, v) != v]
-    return ", ".join(found)
+def _other_spec(record: dict[str, Any], weights: str, module: nn.Module) -> str:
+    """What a network of a checkpoint was made with, where this run's differs; of the discriminator only the setting."""
+    if weights == "discriminator":
+        return "set train_repae.discriminator_filters as it was"
+    name = {"ema": "sit", "vae_ema": "vae"}.get(weights, weights)
+    theirs, ours = record.get(name, {}), json.loads(json.dumps(module.spec))
+    return ", ".join(f"{name}'s {k} is {theirs[k]}, this run's {v}" for k, v in ours.items() if theirs.get(k, v) != v)
 
 
 def named_modules(state: LDMState) -> dict[str, nn.Module]:

@@ -26,7 +26,7 @@ from repae_core.training.state import LDMState
 
 logger = logging.getLogger("repae_core")
 
-_ROOM_SECONDS = 5.0
+_PULSE_SECONDS = 0.5
 _CANCEL_SECONDS = 5.0  # a cancelled run must be gone within 15 s; an upload cut off is not committed
 
 
@@ -39,7 +39,7 @@ class CheckpointWriter:
     images (0 = none).
 
     guard: called right before each commit, raises when the stage's lease is lost; waits: called on every rank again
-    and again while `save` waits for room.
+    and again while `save` waits for room, or `flush` for the store.
     """
 
     def __init__(
@@ -119,16 +119,25 @@ class CheckpointWriter:
             raise self._error
 
     def flush(self) -> None:
-        """Wait until everything saved is committed."""
-        while self._thread is not None and self._thread.is_alive() and self._queue.unfinished_tasks:
-            time.sleep(0.05)
+        """Wait until everything saved is committed; every rank calls it."""
+        while self._state.group.from_main(self._is_busy()):
+            self._waits()
         self.check()
 
     def _has_room(self) -> bool:
         """On the main rank for one more snapshot, after a while at most; the others have."""
-        room = self._thread is None or self._room.acquire(timeout=_ROOM_SECONDS)
+        room = self._thread is None or self._room.acquire(timeout=_PULSE_SECONDS)
         self.check()
         return room
+
+    def _is_busy(self) -> bool:
+        """On the main rank, whether something is still to be written after a while; the others are not."""
+        until = time.monotonic() + _PULSE_SECONDS
+        while self._thread is not None and self._thread.is_alive() and self._queue.unfinished_tasks:
+            if time.monotonic() > until:
+                return True
+            time.sleep(0.05)
+        return False
 
     def _work(self) -> None:
         while (job := self._queue.get()) is not None:

@@ -108,10 +108,11 @@ class JointRun(TrainingRun):
         return self._flops[step]
 
     def preview(self, step: int) -> dict[str, bytes]:
-        """Reconstructions always, samples once SiT trains."""
+        """Reconstructions always, samples once SiT trains; of the moving averages, which start after the warm-up."""
+        warm = step > self.joint.vae_warmup_steps
         return draw_previews(
-            vae=self.state.vae_ema or self.state.vae.module,
-            sit=self.state.ema if step > self.joint.vae_warmup_steps else None,
+            vae=(self.state.vae_ema if warm else None) or self.state.vae.module,
+            sit=self.state.ema if warm else None,
             real=self.images.images(np.arange(min(16, len(self.images)))).to(self.group.device),
             guidance=self.config.generate.guidance,
             path=self.joint.path,

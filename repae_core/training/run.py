@@ -124,7 +124,9 @@ class TrainingRun(ABC):
             preempted=preempted,
         )
         self.loop = loop
-        if not loop.restore() and init_from is not None and loop.restore(init_from):
+        if not loop.restore() and init_from is not None:
+            if not loop.restore(init_from):
+                raise ValueError(f"init_from: {init_from.uri} has no whole checkpoint")
             self.inherit(init_from)
         loop.run(self.batches(loop.start_step), self.step, self.previews, self.meter(loop.start_step))
         return loop.history

@@ -94,18 +94,49 @@ def test_ray_errors_end_no_training(images, tmp_path, home, monkeypatch):
     assert any(line.startswith("no score of checkpoint 64: ") and "the head is away" in line for line in told)
 
 
-@pytest.mark.parametrize("scored", [True, False])
-def test_a_score_that_ran_when_its_driver_died_is_made_again(tmp_path, monkeypatch, scored):
+@pytest.fixture
+def context(tmp_path) -> SimpleNamespace:
+    """Of a training with a checkpoint whose score is due."""
     artifact = Artifact(Store(str(tmp_path / "store")), "train-repae", "f" * 16)
     commit_checkpoint(artifact, "checkpoints/64")
+    config = tiny.config(tmp_path, tmp_path / "store", *SCORED)
+    return SimpleNamespace(config=config, section=config.train_repae, artifact=artifact, inputs={})
+
+
+@pytest.mark.parametrize("scored", [True, False])
+def test_a_score_that_ran_when_its_driver_died_is_made_again(context, monkeypatch, scored):
+    artifact, started = context.artifact, []
     if scored:
         artifact.write_json("logs/scores-000000064.json", {})
-    config = tiny.config(tmp_path, tmp_path / "store", *SCORED)
-    context = SimpleNamespace(config=config, section=config.train_repae, artifact=artifact, inputs={})
-    started = []
     monkeypatch.setattr(checkpoint_scores, "start_beside", lambda work, payload, **_: started.append(payload))
     CheckpointScores(context, artifact).look(64)
     assert [payload["images_seen"] for payload in started] == ([] if scored else [64])
+
+
+def test_a_score_that_went_with_its_cluster_is_made_once_more(context, monkeypatch, home):
+    def endless_score(payload):  # nested: pickled by value, Ray's workers cannot import the tests
+        import time
+
+        time.sleep(600)
+        return {}
+
+    session, started = RaySession(), []
+
+    def start(work, payload, **_):
+        started.append(start_beside(endless_score, payload, cpus=1))
+        return started[-1]
+
+    monkeypatch.setattr(checkpoint_scores, "start_beside", start)
+    scores = CheckpointScores(context, context.artifact)
+    try:
+        for times in (1, 2, 2):
+            session.connect(1)
+            scores.look(64)
+            assert len(started) == times
+            session.recover()  # as after a failure of the workers
+            scores.look(64)
+    finally:
+        session.close()
 
 
 def test_a_cancel_while_a_score_is_waited_for(home):

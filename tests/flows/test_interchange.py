@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 
 from repae_core import load_model
@@ -49,6 +50,24 @@ def test_an_imported_checkpoint_serves_the_later_stages(finished, call):
     original = load_sit(finished.artifact("train-repae"))[0]
     state = original.state_dict()
     assert all(torch.equal(v, state[k]) for k, v in sit.state_dict().items() if not k.startswith("bn."))
+
+
+def test_an_imported_checkpoint_is_continued_in_a_store_of_its_own(finished, call, monkeypatch, tmp_path):
+    """Where nothing else has been made."""
+    assert call("export", "train-repae", "joint.pt")[0] == 0
+    store = str(tmp_path / "new")
+    monkeypatch.setenv("REPAE_STORE", store)
+    code, _, err = call("import", "joint.pt")
+    assert code == 0, err
+    arguments = [*tiny.arguments(tiny.overrides(finished.images)), "--store", store]
+    code, out, err = call("plan", *arguments)
+    assert code == 0, err
+    assert "never made in this store" in out
+    longer = ["train_repae.init_from=latest", "train_repae.max_steps=6", "train_repae.vae_warmup_steps=0"]
+    more = [part for setting in longer for part in ("--set", setting)]
+    assert call("stage", "preprocess", *arguments)[0] == 0
+    code, _, err = call("stage", "train-repae", *arguments, *more)
+    assert code == 0, err
 
 
 @pytest.mark.parametrize(

@@ -75,4 +75,8 @@ def test_a_stage_that_died_after_registering_registers_once(home):
         one, again, other = (
             tracker.register_model(run, "repae-sit", {"x.json": b"{}"}, {"images_seen": seen}) for seen in "112"
         )
-    assert one == again != other
+        assert one == again != other
+        tracker.client.set_registered_model_alias("repae-sit", "latest-run", one.rpartition("/")[2])
+        tracker.register_model(run, "repae-sit", {"x.json": b"{}"}, {"images_seen": "2"})  # had died before the alias
+    latest = tracker.client.get_model_version_by_alias("repae-sit", "latest-run")
+    assert other == f"models:/repae-sit/{latest.version}"

@@ -79,7 +79,7 @@ def test_a_snapshot_is_the_state_of_its_step(folder, state):
 
 def test_scratch_is_bounded(folder, state, tmp_path, monkeypatch):
     """And a step that waits for a slow store tells the watchdog that it has not hung."""
-    monkeypatch.setattr(checkpoint_writer, "_ROOM_SECONDS", 0.05)
+    monkeypatch.setattr(checkpoint_writer, "_PULSE_SECONDS", 0.05)
     gate, waits = threading.Event(), []
     settings = {"waits": lambda: waits.append(1), "keep": 9, "waiting": 2}
     with writer(folder, state, guard=lambda: gate.wait(20), **settings) as target:
@@ -95,6 +95,23 @@ def test_scratch_is_bounded(folder, state, tmp_path, monkeypatch):
         gate.set()
         third.join(20)
     assert committed_checkpoints(folder) == [10, 20, 30]
+
+
+def test_waiting_for_a_slow_store_is_no_hang(folder, state, monkeypatch):
+    """As before a machine is taken away."""
+    monkeypatch.setattr(checkpoint_writer, "_PULSE_SECONDS", 0.05)
+    gate, waits = threading.Event(), []
+
+    def working():
+        waits.append(1)
+        if len(waits) == 3:
+            gate.set()
+
+    with writer(folder, state, guard=lambda: gate.wait(20), waits=working) as target:
+        save(target, 10)
+        target.flush()
+        assert committed_checkpoints(folder) == [10]
+    assert len(waits) >= 3
 
 
 def test_a_failed_upload_stops_the_run_and_damages_nothing(folder, state, monkeypatch):

@@ -271,6 +271,24 @@ def test_another_architecture_is_one_line(config, images, tmp_path):
         run.run(report=lambda progress: None, guard=lambda: None, record={}, init_from=short)
 
 
+def test_other_optimizers_and_discriminators_are_one_line(config, images, tmp_path):
+    short = Artifact(Store(str(tmp_path)), "train-repae", "short")
+    train(start(config, images, short))
+    longer = config.train_repae.model_copy(update={"max_steps": 20})
+    wider = longer.model_copy(update={"discriminator_filters": 24, "class_dropout_prob": 0.3})
+    learned = config.compat.model_copy(update={"trainable_pos_embed": True})
+    for name, update, told in (
+        ("wider", {"train_repae": wider}, r"\(discriminator\): set train_repae.discriminator_filters as it was$"),
+        ("learned", {"train_repae": longer, "compat": learned},
+         r"short: checkpoint 48, sit: the optimizer's state is of \d+ parameters.*compat.trainable_pos_embed"),
+        ("empty", {"train_repae": longer}, "init_from: .*/nothing has no whole checkpoint"),
+    ):  # fmt: skip
+        run = start(config.model_copy(update=update), images, Artifact(Store(str(tmp_path)), "train-repae", name))
+        source = short if name != "empty" else Artifact(Store(str(tmp_path)), "train-repae", "nothing")
+        with pytest.raises(ValueError, match=told):
+            run.run(report=lambda progress: None, guard=lambda: None, record={}, init_from=source)
+
+
 def test_pictures_do_not_count_as_a_step_that_hangs(config, images, tmp_path, monkeypatch):
     section = config.train_repae.model_copy(update={"preview_every": 1000})
     run = start(config.model_copy(update={"train_repae": section}), images, folder(tmp_path))
@@ -290,10 +308,12 @@ def test_pictures_are_of_the_vaes_average_where_there_is_one(config, images, tmp
     section = config.train_repae.model_copy(update={"vae_ema_decay": 0.9})
     averaged = start(config.model_copy(update={"train_repae": section}), images, folder(tmp_path))
     plain = start(config, images, folder(tmp_path))
+    warmup = config.train_repae.vae_warmup_steps
     for run in (averaged, plain):
-        run.preview(10)
+        run.preview(warmup + 1)
+        run.preview(warmup)  # the average starts after it
     assert averaged.state.vae_ema is not None
-    assert drawn == [averaged.state.vae_ema, plain.state.vae.module]
+    assert drawn == [averaged.state.vae_ema, averaged.state.vae.module, plain.state.vae.module, plain.state.vae.module]
 
 
 def test_a_checkpoint_dropped_while_it_is_looked_at_is_none(config, images, tmp_path, monkeypatch):
