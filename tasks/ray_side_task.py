@@ -48,6 +48,8 @@ class SideTask:
         """
         import ray
 
+        if not ray.is_initialized():  # `ray.get` might start a cluster of its own
+            raise LostError("its Ray cluster has ended")
         try:
             return cast(dict[str, Any], ray.get(self._reference, timeout=10))
         except ray.exceptions.RayTaskError as error:
