@@ -1,7 +1,7 @@
 """Milliseconds a training step by phase, peak memory and share of this machine's measured peak; ratios from one run.
 
     python benchmarks/step.py                                  # SiT-B/2, f8d4, 128 px, batch 4: about 18 minutes
-    python benchmarks/step.py --quick                          # small sizes, under a minute: does it run?
+    python benchmarks/step.py --quick                          # small sizes, minutes: does it run?
     python benchmarks/step.py --device cuda --model SiT-XL/2 --resolution 256 --batch 32
     python benchmarks/step.py --only ldm --steps 20
 
@@ -226,7 +226,8 @@ def main() -> None:
             if chosen.only in (None, case.stage):
                 got[case.name.replace(" compile", "")] = result = in_a_process(case, chosen.steps)
                 show(case, result)
-        turns = [in_a_process(cases(base)["ldm"], chosen.steps, "--turns") for _ in range(TURNS if "ldm" in got else 0)]
+        computed = dataclasses.replace(base, stage="ldm")
+        turns = [in_a_process(computed, chosen.steps, "--turns") for _ in range(TURNS if "ldm" in got else 0)]
     print("\n".join(["", *ratios(got, turns)]))
     if "repae" in got:
         print("losses of the first step, fp32 and bf16:")

@@ -30,9 +30,9 @@ class CheckpointScores:
         self._context, self._section, self._images = context, section, images
         self._every = section.score_every * section.batch_size  # images
         self._running: tuple[int, SideTask] | None = None
-        self._lost = 0  # whose score went with a failed worker group
+        self._lost = 0  # whose score did not come to an end
         # A score that ran when an earlier attempt died is made again.
-        self._started = max(filter(self._scored, self._due()), default=0)
+        self._started = next(filter(self._scored, sorted(self._due(), reverse=True)), 0)
 
     def look(self, images_seen: int) -> None:
         """Take a finished score, start the one that is due at this position of the training."""
@@ -44,6 +44,7 @@ class CheckpointScores:
     def _look(self, images_seen: int) -> None:
         if self._running is not None and self._running[1].done():
             self._take()
+            return
         if self._running is not None or images_seen < self._started + self._every:
             return
         due = max(self._due(), default=0)
@@ -64,11 +65,10 @@ class CheckpointScores:
     def finish(self) -> None:
         """After the training: the last checkpoint's score, where there is room."""
         end = self._section.total_steps * self._section.batch_size
-        for _ in range(2):  # the one that runs, and the last
+        for _ in range(6):  # wait for the one that runs, take it; start the last, take it; that once more if it is lost
             self.look(end)
             if self._running is not None:
                 self._running[1].done(_LAST_SECONDS)
-        self.look(end)
 
     def close(self) -> None:
         """End what still runs."""
@@ -82,14 +82,15 @@ class CheckpointScores:
             scores = task.result()
         except LostError as error:
             logger.warning("no score of checkpoint %d: %s", images_seen, error)
+            task.cancel()
             if images_seen != self._lost:  # once more
                 self._lost, self._started = images_seen, images_seen - self._every
             return
         except RuntimeError as error:
             logger.warning("no score of checkpoint %d: %s", images_seen, error)
             return
-        self._context.artifact.write_json(_file(images_seen), scores)
         self._context.tracking.log_metrics({f"score/{name}": value for name, value in scores.items()}, images_seen)
+        self._context.artifact.write_json(_file(images_seen), scores)
         logger.info("checkpoint %d, %d samples: %s", images_seen, self._section.score_images,
                     ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))  # fmt: skip
 

@@ -55,7 +55,7 @@ class SideTask:
         except ray.exceptions.RayTaskError as error:
             raise RuntimeError(root_cause(error)) from error
         except Exception as error:
-            raise LostError("its process or its Ray cluster has ended") from error
+            raise LostError(f"it did not come to an end: {root_cause(error)}") from error
 
     def cancel(self) -> None:
         """End it; after the end of the session there is nothing to end."""

@@ -134,7 +134,7 @@ class Tracker:
         with contextlib.suppress(self._mlflow.exceptions.MlflowException):
             self.client.create_registered_model(name)
         found = self.client.search_model_versions(f"name='{name}' and run_id='{run_id}'")
-        version = next((v for v in found if v.tags == tags), None) or self.client.create_model_version(
+        version = next((v for v in found if tags.items() <= v.tags.items()), None) or self.client.create_model_version(
             name, source=f"runs:/{run_id}/{folder}", run_id=run_id, tags=dict(tags)
         )
         self.client.set_registered_model_alias(name, "latest-run", version.version)

@@ -91,6 +91,8 @@ def load_checkpoint(
             module.load_state_dict(load_safetensors(files.read(f"{weights}.safetensors")))
         except RuntimeError as error:  # torch's lists every tensor
             why = _other_spec(record, weights, module) or str(error).splitlines()[-1].strip()
+            if weights == "discriminator":
+                why += "; is train_repae.discriminator_filters another?"
             raise ValueError(
                 f"{folder.uri}: checkpoint {images_seen} is of another architecture ({weights}): {why}"
             ) from error
@@ -100,15 +102,14 @@ def load_checkpoint(
         try:
             trained.load_optimizer_state(saved["optimizer"])
         except ValueError as error:
-            raise ValueError(
-                f"{folder.uri}: checkpoint {images_seen}, {network}: {error}; was compat.trainable_pos_embed another?"
-            ) from error
+            hint = "; was compat.trainable_pos_embed another?" if network == "sit" else ""
+            raise ValueError(f"{folder.uri}: checkpoint {images_seen}, {network}: {error}{hint}") from error
         if saved["scaler"]:
             trained.scaler.load_state_dict(saved["scaler"])
     if isinstance(state, JointState):
         if state.lecam is not None and "lecam" in record:
             state.lecam.load_state_dict(record["lecam"])
-        elif state.lecam is not None:
+        elif state.lecam is not None and state.group.is_main:
             logger.warning("%s: checkpoint %d has no averages of LeCam: they start anew", folder.uri, images_seen)
         if state.group.world_size > 1 and record["world_size"] is not None:
             buffers = load_safetensors(files.read(f"rank{state.group.rank}.safetensors"))
@@ -118,11 +119,9 @@ def load_checkpoint(
 
 
 def _other_spec(record: dict[str, Any], weights: str, module: nn.Module) -> str:
-    """What a network of a checkpoint was made with, where this run's differs; of the discriminator only the setting."""
-    if weights == "discriminator":
-        return "set train_repae.discriminator_filters as it was"
+    """What a network of a checkpoint was made with, where this run's differs; nothing is known of a discriminator."""
     name = {"ema": "sit", "vae_ema": "vae"}.get(weights, weights)
-    theirs, ours = record.get(name, {}), json.loads(json.dumps(module.spec))
+    theirs, ours = record.get(name, {}), json.loads(json.dumps(getattr(module, "spec", {})))
     return ", ".join(f"{name}'s {k} is {theirs[k]}, this run's {v}" for k, v in ours.items() if theirs.get(k, v) != v)
 
 

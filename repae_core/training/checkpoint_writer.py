@@ -27,6 +27,7 @@ from repae_core.training.state import LDMState
 logger = logging.getLogger("repae_core")
 
 _PULSE_SECONDS = 0.5
+_STUCK_SECONDS = 1800.0  # without one file written: the store has no time limits of its own, and the watchdog is to act
 _CANCEL_SECONDS = 5.0  # a cancelled run must be gone within 15 s; an upload cut off is not committed
 
 
@@ -56,6 +57,7 @@ class CheckpointWriter:
         self.seconds = 0.0  # that training has lost to checkpoints so far
         self._folder, self._state, self._guard = folder, state, guard
         self._waits = waits
+        self._moved = time.monotonic()  # when the background last began a job or wrote a checkpoint's file
         self._keep, self._keep_every = keep, keep_every
         self._room = threading.Semaphore(waiting)
         self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue()
@@ -126,13 +128,17 @@ class CheckpointWriter:
 
     def _has_room(self) -> bool:
         """On the main rank for one more snapshot, after a while at most; the others have."""
-        room = self._thread is None or self._room.acquire(timeout=_PULSE_SECONDS)
+        room = self._thread is None or self._room.acquire(timeout=self._patience())
         self.check()
         return room
 
+    def _patience(self) -> float:
+        """Seconds until the ranks are told that the wait goes on."""
+        return _PULSE_SECONDS if time.monotonic() - self._moved < _STUCK_SECONDS else threading.TIMEOUT_MAX
+
     def _is_busy(self) -> bool:
         """On the main rank, whether something is still to be written after a while; the others are not."""
-        until = time.monotonic() + _PULSE_SECONDS
+        until = time.monotonic() + self._patience()
         while self._thread is not None and self._thread.is_alive() and self._queue.unfinished_tasks:
             if time.monotonic() > until:
                 return True
@@ -141,6 +147,7 @@ class CheckpointWriter:
 
     def _work(self) -> None:
         while (job := self._queue.get()) is not None:
+            self._moved = time.monotonic()
             try:
                 job()
             except BaseException as error:
@@ -168,6 +175,7 @@ class CheckpointWriter:
         self._folder.delete(f"{name}/commit.json")
         for path in sorted((self._scratch / str(images_seen)).iterdir()):
             self._folder.upload(f"{name}/{path.name}", path)
+            self._moved = time.monotonic()
         self._guard()
         commit_checkpoint(self._folder, name)
         self._prune()

@@ -60,8 +60,8 @@ class LoopSettings:
 
     fixed: settings that a checkpoint is continued only with as it was written: those that decide how sums round
     (micro-batches, compilation), where the VAE's warm-up ends, and the batch size, by which steps are counted.
-    step_timeout: seconds after which a step counts as hanging and ends the process; 0 = max(120 s, 10 x median),
-    None = never.
+    step_timeout: seconds after which a step counts as hanging and ends the process; None = never, 0 = max(120 s,
+    store_retry_seconds + 60 s, 10 x median).
     """
 
     total_steps: int
@@ -211,7 +211,7 @@ class TrainingLoop:
 
     @contextlib.contextmanager
     def _watchdog(self) -> Iterator[None]:
-        """Patient enough for a step that waits, on this rank or another, until the store is back."""
+        """Patient enough for a step that waits, on this rank or another, until the store can be read again."""
         if self.settings.step_timeout is None:
             yield
             return
