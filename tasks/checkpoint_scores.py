@@ -67,8 +67,8 @@ class CheckpointScores:
         end = self._section.total_steps * self._section.batch_size
         for _ in range(6):  # wait for the one that runs, take it; start the last, take it; that once more if it is lost
             self.look(end)
-            if self._running is not None:
-                self._running[1].done(_LAST_SECONDS)
+            if self._running is not None and not self._running[1].done(_LAST_SECONDS):
+                return
 
     def close(self) -> None:
         """End what still runs."""
