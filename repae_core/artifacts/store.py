@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 import json
 import os
 import shutil
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -59,18 +62,21 @@ class Store:
         self.is_local = isinstance(fs, LocalFileSystem)
 
     def check(self) -> None:
-        """Write and remove a probe file; StoreError (in seconds) when that fails."""
-        probe = f".probe-{uuid.uuid4().hex}"
-        patient, self.retry_seconds = self.retry_seconds, min(self.retry_seconds, _CHECK_SECONDS)
+        """Write and remove a probe file; StoreError (within half a minute) when that fails."""
+        probed = copy.copy(self)
+        probed.retry_seconds = min(self.retry_seconds, _CHECK_SECONDS)
+        answer: Future[None] = Future()
+        # A thread that nobody waits for: a server that takes a request and never answers (its disk is full) keeps a
+        # call for minutes, since the client's own attempts multiply.
+        threading.Thread(target=_probe, args=(probed, answer), daemon=True).start()
         try:
-            self.write_bytes(probe, b"probe")
-            self.delete(probe)
+            answer.result(timeout=2 * _CHECK_SECONDS)
+        except TimeoutError:
+            raise StoreError(f"store {self.url}: no answer within {2 * _CHECK_SECONDS:.0f} s") from None
         except StoreError:
             raise
         except OSError as error:
             raise StoreError(f"store {self.url}: {_reason(error)}") from None
-        finally:
-            self.retry_seconds = patient
 
     def uri(self, key: str) -> str:
         """Where a key is, for people and other programs."""
@@ -270,6 +276,16 @@ class Store:
                     raise StoreError(f"store {self.url}: {key or '.'}: {_reason(error)}") from None
             time.sleep(pause)
             pause = min(pause * 2, 10.0)
+
+
+def _probe(store: Store, answer: Future[None]) -> None:
+    name = f".probe-{uuid.uuid4().hex}"
+    try:
+        store.write_bytes(name, b"probe")
+        store.delete(name)
+        answer.set_result(None)
+    except BaseException as error:
+        answer.set_exception(error)
 
 
 def absolute_url(url: str) -> str:

@@ -1,4 +1,5 @@
 import os
+import socket
 import time
 import uuid
 from datetime import UTC, datetime
@@ -117,6 +118,16 @@ def test_unusable_stores(tmp_path):
         Store(str(tmp_path / "file")).check()
     with pytest.raises(StoreError, match="/proc/nothing"):
         Store("/proc/nothing").check()
+
+
+def test_a_server_that_never_answers_is_one_line(monkeypatch):
+    monkeypatch.setattr("repae_core.artifacts.store._CHECK_SECONDS", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+        with pytest.raises(StoreError, match=r"store s3://bucket/x: no answer within 2 s"):
+            Store("s3://bucket/x").check()
 
 
 def test_check_leaves_nothing(store):
