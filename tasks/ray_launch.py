@@ -24,6 +24,7 @@ logger = logging.getLogger("repae")
 
 _FINAL = "final_error"  # key of a worker's message that no restart would help
 _POLL_SECONDS = 0.2
+_LAST_LOOKS = 3  # into the mailbox when the workers have ended: what it holds then is delivered now or never
 _COLLECTIVE_SECONDS = 300  # gloo and NCCL; longer than a store may be away, shorter than torch's half hour
 
 
@@ -109,7 +110,7 @@ def _fit(
 
     def deliver() -> None:
         nonlocal received
-        received, messages = ray.get(mailbox.read.remote(received), timeout=60)
+        received, messages = ray.get(mailbox.read.remote(received), timeout=30)
         for message in messages:
             if _FINAL in message:
                 final.append((FinalInputError if message["bad_input"] else FinalError)(message[_FINAL]))
@@ -119,9 +120,13 @@ def _fit(
             except Exception as error:
                 raise ReportFailedError(str(error)) from error
 
-    def deliver_if_possible() -> None:
-        with contextlib.suppress(ray.exceptions.RayError):  # tried again; nothing but the live view depends on it
-            deliver()
+    def deliver_if_possible(attempts: int = 1) -> None:
+        """A look that fails is made again later, the last one at once; a lost mailbox ends no training."""
+        for _ in range(attempts):
+            with contextlib.suppress(ray.exceptions.RayError):
+                deliver()
+                return
+            time.sleep(_POLL_SECONDS)
 
     config = {"worker": worker, "payload": payload, "mailbox": mailbox, "folder": os.getcwd()}
     with tempfile.TemporaryDirectory(prefix="repae-ray-", ignore_cleanup_errors=True) as scratch:
@@ -130,12 +135,12 @@ def _fit(
             while not ray.wait([fit], timeout=0)[0]:
                 deliver_if_possible()
                 time.sleep(_POLL_SECONDS)  # not in `ray.wait`, which swallows the exception of a cancel
-            deliver_if_possible()
+            deliver_if_possible(_LAST_LOOKS)
             return cast(dict[str, Any], ray.get(fit))
         except ReportFailedError:
             raise
         except Exception as error:
-            deliver_if_possible()  # the cluster may be gone
+            deliver_if_possible(_LAST_LOOKS)  # the cluster may be gone
             if final:
                 raise final[0] from error
             raise

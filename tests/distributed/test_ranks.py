@@ -1,4 +1,4 @@
-"""Two and three processes over gloo equal one process with the whole batch."""
+"""Two and three processes over gloo equal one process with the whole batch, and wait together."""
 
 import json
 from pathlib import Path
@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from distributed.ranks import run_ranks
+
+from repae_core.artifacts import Artifact, Store
+from repae_core.artifacts.checkpoints import committed_checkpoints
 
 SCRIPT = """
 import json, sys
@@ -38,6 +41,37 @@ group.barrier()
 group.accelerator.end_training()
 """
 
+SAVING = """
+import json, sys, time
+import torch
+from repae_core.artifacts import Artifact, Store
+from repae_core.training import checkpoint_writer
+from repae_core.training.distributed import open_group
+from repae_core.training.optim import Network
+from repae_core.training.state import LDMState
+checkpoint_writer._PULSE_SECONDS = 0.05
+group = open_group()
+layer = torch.nn.Linear(2, 2)
+state = LDMState(group, Network(layer, layer, learning_rate=0.1), torch.nn.Linear(2, 2))
+folder = Artifact(Store(sys.argv[1]), "train-ldm", "f" * 16)
+waits = []
+
+def slow_store():
+    until = len(waits) + 3
+    while len(waits) < until:
+        time.sleep(0.01)
+
+count = lambda: waits.append(group.rank)
+with checkpoint_writer.CheckpointWriter(folder, state, guard=slow_store, waits=count, keep=9, waiting=1) as writer:
+    for images_seen in (10, 20, 30):
+        writer.save({"images_seen": images_seen, "history": []})
+    in_save = len(waits)
+    writer.flush()
+open(f"{sys.argv[1]}/{group.rank}.json", "w").write(json.dumps([in_save, len(waits)]))
+group.barrier()
+group.accelerator.end_training()
+"""
+
 
 def results(folder: Path, world: int) -> list[dict]:
     folder.mkdir()
@@ -57,3 +91,13 @@ def test_ranks_equal_one_process(tmp_path, world):
         assert r["ema"] == pytest.approx(one["ema"])
         assert r["reduced"] == pytest.approx([(world - 1) / 2])
         assert r["flags"] == [True, False]
+
+
+def test_ranks_wait_for_a_slow_store_together(tmp_path):
+    """Else those that write nothing would wait in their next collective, and their watchdogs end them."""
+    run_ranks(SAVING, 2, str(tmp_path))
+    counts = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert counts[0] == counts[1]
+    in_save, in_all = counts[0]
+    assert 6 <= in_save < in_all
+    assert committed_checkpoints(Artifact(Store(str(tmp_path)), "train-ldm", "f" * 16)) == [10, 20, 30]
