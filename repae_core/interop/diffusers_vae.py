@@ -10,7 +10,6 @@ from typing import Any
 
 import fsspec
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor
 
 from repae_core.config.architectures import diffusers_architecture
@@ -35,6 +34,8 @@ def export_diffusers_vae(
     scale, bias: latent statistics [C], both or neither; stored as latents_mean = bias, latents_std = 1/scale;
     scaling_factor is 1. sample_size: side of the images it was trained on, pixels.
     """
+    from diffusers import AutoencoderKL  # here: it takes two seconds, which every worker would wait for
+
     if (scale is None) != (bias is None):
         raise ValueError("latent statistics are scale and bias: give both or neither")
     spec = vae.spec
