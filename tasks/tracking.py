@@ -64,9 +64,9 @@ class Tracker:
         self.metric = mlflow.entities.Metric
         home, self.uri = repae_home(), _tracking_uri()
         embedded = self.uri.startswith("sqlite:")
-        mlflow.set_tracking_uri(self.uri)
         try:
-            self.client = mlflow.MlflowClient()
+            # Not `set_tracking_uri`: it is for the whole process, and writes the environment that we read it from.
+            self.client = mlflow.MlflowClient(tracking_uri=self.uri)
             found = self.client.get_experiment_by_name(experiment)
             if found is None:
                 location = (home / "mlartifacts").as_uri() if embedded else None
@@ -169,7 +169,7 @@ class Tracker:
     def _system_metrics(self, run_id: str) -> Any:
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-        monitor = SystemMetricsMonitor(run_id, resume_logging=True)
+        monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=self.uri)
         monitor.start()
         return monitor
 

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 from repae_core.artifacts import Artifact, Store
@@ -41,6 +43,19 @@ def test_a_run_of_another_database_is_not_resumed(home, artifact):
     with Tracker("test").stage_run("train-ldm", artifact, "0123456789abcdef0123456789abcdef") as run:
         pass
     assert run.run_id != "0123456789abcdef0123456789abcdef"
+
+
+def test_each_home_has_its_own_database(tmp_path, monkeypatch, artifact):
+    """In one process too, as in a notebook: MLflow would keep the first address in the environment."""
+    for name in ("a", "b"):
+        monkeypatch.setenv("REPAE_HOME", str(tmp_path / name))
+        tracker = Tracker("test")
+        with tracker.stage_run("train-ldm", artifact, None) as run:
+            run.log_metrics({"sit_loss": 1.0}, 10)
+        assert tracker.register_model(run.run_id, "repae-sit", {"sit.json": b"{}"}, {}) == "models:/repae-sit/1"
+        assert (tmp_path / name / "mlflow.db").is_file()
+        assert len(tracker.client.search_runs([tracker.experiment_id])) == 1
+    assert "MLFLOW_TRACKING_URI" not in os.environ
 
 
 def test_credentials_are_not_shown(monkeypatch, home):
