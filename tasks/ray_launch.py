@@ -74,7 +74,7 @@ def launch(
     failures, reached = 0, position()
     while True:
         session.connect(workers * cpus_per_worker)
-        session.require_gpus(workers * gpus_per_worker)
+        session.require_room(workers, cpus_per_worker, gpus_per_worker)
         try:
             return _fit(worker, payload, on_report, workers=workers, cpus=cpus_per_worker, gpus=gpus_per_worker)
         except FinalError:
@@ -223,12 +223,19 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def root_cause(error: BaseException) -> str:
-    """The line that says what went wrong in the first failed worker."""
+    """The first line of what went wrong in the first failed worker."""
     failures = getattr(error, "worker_failures", None)
     if failures:
         error = failures[min(failures)]
-    cause = error
-    while (nested := getattr(cause, "cause", None) or cause.__cause__) is not None and nested is not cause:
-        cause = nested
-    lines = [line for line in str(cause).strip().splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(cause).__name__
+    while (nested := _wrapped(error)) is not None and nested is not error:
+        error = nested
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[0].strip() if lines else type(error).__name__
+
+
+def _wrapped(error: BaseException) -> BaseException | None:
+    """What Ray, Ray Train's controller or its worker wrapped (whose messages are whole tracebacks), or the cause."""
+    for name in ("cause", "controller_failure", "_base_exc", "__cause__"):
+        if isinstance(nested := getattr(error, name, None), BaseException):
+            return nested
+    return None

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import os
+import shutil
 import signal
 import socket
 import tempfile
@@ -16,8 +17,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import psutil
-
-from repae_core.config.environment import repae_home
 
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -38,6 +37,7 @@ _PROBE_SECONDS = 10.0
 _ANSWER_SECONDS = 30.0  # a busy machine takes seconds to start the process that answers
 _HEAD_SECONDS = 120.0  # a restarted Ray head is waited for
 _EXIT_SECONDS = 5.0  # for processes whose cluster has ended
+_KEPT_SECONDS = 7 * 86400.0  # that logs of private clusters are kept
 
 
 class RaySession:
@@ -80,15 +80,29 @@ class RaySession:
         self.address = context.address_info["address"]
         self._cpus = math.inf if given else _private_cpus(cpus)
 
-    def require_gpus(self, count: int) -> None:
-        """ValueError where the open private cluster has fewer: Ray would wait for them for ever."""
-        if not count or os.environ.get("RAY_ADDRESS"):
-            return
+    def require_room(self, workers: int, cpus: int, gpus: int) -> None:
+        """Say what the cluster lacks for so many workers with `cpus` and `gpus` each; Ray waits for it in silence.
+
+        A given cluster may still grow, or get a lost machine back: a warning.
+
+        Raises:
+            ValueError: the open private cluster has fewer GPUs.
+        """
         import ray
 
-        found = int(ray.cluster_resources().get("GPU", 0))
-        if count > found:
-            raise ValueError(f"gpus_per_worker: the workers need {count} GPU(s), and Ray finds {found} on this machine")
+        if os.environ.get("RAY_ADDRESS"):
+            machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            wanted = {kind: count for kind, count in (("CPU", cpus), ("GPU", gpus)) if count}
+            room = sum(min(int(has.get(kind, 0) // n) for kind, n in wanted.items()) for has in machines)
+            if room < workers:
+                logger.warning("the Ray cluster has room for %d of %d workers of %d CPU(s) and %d GPU(s): waiting for "
+                               "more machines", room, workers, cpus, gpus)  # fmt: skip
+        elif gpus:
+            found = int(ray.cluster_resources().get("GPU", 0))
+            if workers * gpus > found:
+                raise ValueError(
+                    f"gpus_per_worker: the workers need {workers * gpus} GPU(s), and Ray finds {found} on this machine"
+                )
 
     def recover(self) -> None:
         """After a failure: a new private cluster; of a given one only the connection, if it does not answer any more.
@@ -173,13 +187,23 @@ def _private_cpus(cpus: int) -> int:
 def _private_cluster(cpus: int) -> dict[str, Any]:
     scratch = Path(tempfile.gettempdir()) / f"repae-ray-{os.getuid()}"  # socket paths must stay short
     scratch.mkdir(mode=0o700, exist_ok=True)
-    (repae_home() / "ray").mkdir(exist_ok=True)
+    _remove_old_sessions(scratch)
     return {
         "num_cpus": _private_cpus(cpus),
         "object_store_memory": 200_000_000,
         "_temp_dir": str(scratch),
         "_node_ip_address": "127.0.0.1",
     }
+
+
+def _remove_old_sessions(scratch: Path) -> None:
+    """Folders of clusters that ended a while ago: Ray leaves them, with their logs."""
+    for folder in scratch.glob("session_*_*"):
+        pid = folder.name.rpartition("_")[2]
+        with contextlib.suppress(OSError):  # another process may remove it too
+            old = time.time() - folder.stat().st_mtime > _KEPT_SECONDS
+            if old and pid.isdigit() and not psutil.pid_exists(int(pid)) and not folder.is_symlink():
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _probe(address: str, seconds: float | None = None) -> None:

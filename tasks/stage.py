@@ -209,7 +209,6 @@ def _prepared(run: PipelineRun, planned: PlannedStage, decision: Decision) -> It
                     "inputs": {role: entry.model_dump() for role, entry in inputs.items()},
                     "mlflow_run_id": tracking.run_id,
                     "started_at": work["started_at"] if work else _now(),
-                    "seconds": work["seconds"] if work else 0.0,
                 },
             )
             tracking.log_config({"seed": run.config.seed} | run.config.section(planned.name).model_dump(mode="json"))

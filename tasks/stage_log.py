@@ -20,6 +20,8 @@ def stage_log(
 ) -> Iterator[None]:
     """What is logged inside also goes to `logs/<name>.log` of the artifact, when the block ends, however it ends.
 
+    It follows what earlier attempts have left there.
+
     to_stderr: at once to this process's error output too, which Ray keeps with its own logs.
     """
     kept = io.StringIO()
@@ -44,7 +46,9 @@ def stage_log(
             for handler in handlers:
                 each.removeHandler(handler)
         with contextlib.suppress(StoreError):  # what ended the work is the news, not that its log is lost
-            artifact.write_bytes(f"logs/{name}.log", kept.getvalue().encode())
+            file = f"logs/{name}.log"
+            earlier = artifact.read_bytes(file) if artifact.exists(file) else b""
+            artifact.write_bytes(file, earlier + kept.getvalue().encode())
 
 
 def line_format(*, run_id: str, stage: str, rank: int | None) -> logging.Formatter:

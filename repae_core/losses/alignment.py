@@ -13,7 +13,7 @@ def alignment_loss(features: Sequence[Tensor], projections: Sequence[Tensor]) ->
     """Mean over encoders, images and tokens of -cos(f, h), in [-1, 1] (system.md section 3).
 
     features: frozen features, one [B,T,C_k] an encoder; projections: the projectors' outputs, same shapes.
-    Computed in fp32 at least. Without encoders the loss is 0.
+    Computed in fp32 at least. Without encoders the loss is 0, on the CPU.
 
     Raises:
         ValueError: the two lists, or two shapes, do not match.

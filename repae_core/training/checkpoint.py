@@ -74,7 +74,8 @@ def load_checkpoint(
     if record["world_size"] not in (None, state.group.world_size):
         raise ValueError(
             f"{folder.uri}: checkpoint {images_seen} was written by {record['world_size']} worker(s), this run has "
-            f"{state.group.world_size}; set workers={record['world_size']}, or --force the stage to start anew"
+            f"{state.group.world_size}; set workers={record['world_size']}, or start anew: --force the stage, "
+            "without init_from"
         )
     for setting, ours in (fixed or {}).items():
         theirs = record.get(setting, record.get(_FORMER_NAMES.get(setting, ""), ours))

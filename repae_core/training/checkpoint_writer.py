@@ -39,8 +39,8 @@ class CheckpointWriter:
     next `save`, `check` or at the end. Kept are the newest `keep`, and every one at a multiple of `keep_every`
     images (0 = none).
 
-    guard: called right before each commit, raises when the stage's lease is lost; waits: called on every rank again
-    and again while `save` waits for room, or `flush` for the store.
+    guard: called before anything in the folder is changed, raises when the stage's lease is lost; waits: called on
+    every rank again and again while `save` waits for room or `flush` for the store, and while the end waits for it.
     """
 
     def __init__(
@@ -77,7 +77,9 @@ class CheckpointWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if self._thread is not None:
             self._queue.put(None)
-            self._thread.join(None if kind is None or issubclass(kind, Exception) else _CANCEL_SECONDS)
+            if kind is None or issubclass(kind, Exception):
+                self._wait_for_the_end()
+            self._thread.join(_CANCEL_SECONDS)
             shutil.rmtree(self._scratch, ignore_errors=True)
         if error is None:
             self.check()
@@ -145,6 +147,12 @@ class CheckpointWriter:
             time.sleep(0.05)
         return False
 
+    def _wait_for_the_end(self) -> None:
+        assert self._thread is not None
+        while self._thread.is_alive():
+            self._thread.join(self._patience())
+            self._waits()
+
     def _work(self) -> None:
         while (job := self._queue.get()) is not None:
             self._moved = time.monotonic()
@@ -172,6 +180,7 @@ class CheckpointWriter:
 
     def _upload(self, images_seen: int) -> None:
         name = f"{FOLDER}/{images_seen}"
+        self._guard()  # else a worker whose lease is lost would break what its successor has committed
         self._folder.delete(f"{name}/commit.json")
         for path in sorted((self._scratch / str(images_seen)).iterdir()):
             self._folder.upload(f"{name}/{path.name}", path)

@@ -147,7 +147,7 @@ class TrainingLoop:
         """
         s = self.settings
         last_report, announced = time.monotonic(), False
-        with self._writer() as writer, self._watchdog():
+        with self._watchdog(), self._writer() as writer:
             for index, batch in zip(range(self.start_step, s.total_steps), self._timed(batches), strict=False):
                 done = index + 1
                 with at_step(done):

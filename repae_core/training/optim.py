@@ -70,10 +70,10 @@ class Network(Generic[M]):
 
         A network that no loss has reached (a frozen VAE) stays as it is.
         """
+        for group in self.optimizer.param_groups:  # a frozen network's too: checkpoints hold it
+            group["lr"] = self.learning_rate * rate_factor
         if all(p.grad is None for p in self.parameters()):
             return torch.zeros((), device=self.parameters()[0].device)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate * rate_factor
         self.scaler.unscale_(self.optimizer)
         norm = gradient_norm(self.parameters())
         self._clip(norm, max_grad_norm)

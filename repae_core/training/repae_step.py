@@ -167,7 +167,7 @@ def vae_loss(
         x_t, _ = objective.interpolant.interpolate(sit.bn(z), draws.noise, draws.t)
         with autocast(state.device, objective.mixed_precision):
             projections = sit.project(x_t, draws.t, batch.labels)
-        metrics["vae_align_loss"] = alignment_loss(batch.features, projections)
+        metrics["vae_align_loss"] = alignment_loss(batch.features, projections).to(z.device)
         loss = loss + adversarial * metrics["gan_loss"]
         loss = loss + objective.vae_align_proj_coeff * metrics["vae_align_loss"]
     return loss, {name: value.detach() for name, value in metrics.items()} | {"vae_loss": loss.detach()}
@@ -198,7 +198,7 @@ def sit_loss(
     with autocast(state.device, objective.mixed_precision):
         v_pred, projections = state.sit.forward(x_t, draws.t, labels, with_projections=True)
     flow = flow_matching_loss(v_pred, v_target)
-    align = alignment_loss(batch.features, projections)
+    align = alignment_loss(batch.features, projections).to(flow.device)  # without encoders it is a zero on the CPU
     loss = flow + objective.proj_coeff * align
     return loss, {"flow_loss": flow.detach(), "align_loss": align.detach(), "sit_loss": loss.detach()}
 

@@ -6,6 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+# Without the interpreter's end, in which torch's gloo threads abort the process once in hundreds of times.
+_LEAVE = "\nimport os, sys; sys.stdout.flush(); sys.stderr.flush(); os._exit(0)\n"
+
 
 def start_ranks(script: str, world: int, *arguments: str, log: Path | None = None) -> list[subprocess.Popen]:
     """`python -c script arguments...` as `world` ranks of one group; a single one stands alone."""
@@ -20,7 +23,7 @@ def start_ranks(script: str, world: int, *arguments: str, log: Path | None = Non
         environment = (
             os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | extra
         )
-        program = [sys.executable, "-c", script, *arguments]
+        program = [sys.executable, "-c", script + _LEAVE, *arguments]
         errors = log.open("ab") if log else None
         processes.append(subprocess.Popen(program, env=environment, stderr=errors))
     return processes

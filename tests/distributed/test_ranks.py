@@ -67,7 +67,8 @@ with checkpoint_writer.CheckpointWriter(folder, state, guard=slow_store, waits=c
         writer.save({"images_seen": images_seen, "history": []})
     in_save = len(waits)
     writer.flush()
-open(f"{sys.argv[1]}/{group.rank}.json", "w").write(json.dumps([in_save, len(waits)]))
+    in_all = len(waits)
+open(f"{sys.argv[1]}/{group.rank}.json", "w").write(json.dumps([in_save, in_all]))
 group.barrier()
 group.accelerator.end_training()
 """

@@ -15,7 +15,7 @@ import tiny
 from repae_core.artifacts import Artifact, Store
 from repae_core.artifacts.checkpoints import committed_checkpoints
 from tasks.ray_launch import FinalError, WorkersFailedError, launch
-from tasks.ray_session import RaySession
+from tasks.ray_session import RaySession, _remove_old_sessions
 
 TWO = [f"{stage}.{field}" for stage in ("train_repae", "train_ldm") for field in ("workers=2", "cpus_per_worker=1")]
 
@@ -89,7 +89,7 @@ def test_a_killed_worker_restarts_from_the_checkpoint(images, tmp_path, home):
 def test_launch_reports_results_and_the_cause_of_failures():
     def failing_worker(payload, report):  # nested: pickled by value, Ray's workers cannot import the tests
         report({"seen": payload["value"]})
-        raise ValueError("the data set is cursed")
+        raise ValueError("the data set is cursed\nand a line of detail")
 
     def echo_worker(payload, report):
         import os
@@ -106,7 +106,7 @@ def test_launch_reports_results_and_the_cause_of_failures():
     try:
         settings = {"session": session, "cpus_per_worker": 1, "on_report": seen.append}
         assert launch(echo_worker, {"value": 2}, workers=2, **settings) == {"world": 2}
-        with pytest.raises(WorkersFailedError, match="the data set is cursed"):
+        with pytest.raises(WorkersFailedError, match=r"^the data set is cursed$"):
             launch(failing_worker, {"value": 3}, workers=1, **settings)
     finally:
         session.close()
@@ -162,8 +162,11 @@ def test_no_worker_outlives_the_private_cluster(monkeypatch):
         assert stuck.wait(10) == -signal.SIGKILL
 
 
-def test_what_a_stage_asks_a_private_cluster_for(home):
-    """It would wait for ever: for more CPUs than the first stage's it is made anew, missing GPUs are refused."""
+def test_what_a_stage_asks_a_private_cluster_for(home, monkeypatch, caplog):
+    """It would wait for ever: for more CPUs than the first stage's it is made anew, missing GPUs are refused.
+
+    A given cluster may grow: what it lacks is said.
+    """
     import ray
 
     def worker(payload, report):  # nested: pickled by value, Ray's workers cannot import the tests
@@ -176,8 +179,27 @@ def test_what_a_stage_asks_a_private_cluster_for(home):
             assert ray.cluster_resources()["CPU"] == expected
         with pytest.raises(ValueError, match=r"gpus_per_worker: the workers need 99 GPU\(s\), and Ray finds "):
             launch(worker, {}, session=session, workers=1, cpus_per_worker=1, gpus_per_worker=99, on_report=print)
+        monkeypatch.setenv("RAY_ADDRESS", str(session.address))
+        session.require_room(1, machine + 1, 0)
+        assert caplog.text == ""
+        session.require_room(2, machine, 0)
+        assert f"room for 1 of 2 workers of {machine} CPU(s) and 0 GPU(s): waiting for more machines" in caplog.text
+        monkeypatch.delenv("RAY_ADDRESS")
     finally:
         session.close()
+
+
+def test_folders_of_clusters_that_ended_long_ago_go(tmp_path):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    names = {"old": f"session_2026-01-01_00-00-00_000000_{ended.pid}", "new": f"session_b_{ended.pid}",
+             "in use": f"session_c_{os.getpid()}"}  # fmt: skip
+    for name in names.values():
+        (tmp_path / name / "logs").mkdir(parents=True)
+    for which in ("old", "in use"):
+        os.utime(tmp_path / names[which], (0, 0))
+    _remove_old_sessions(tmp_path)
+    assert {folder.name for folder in tmp_path.iterdir()} == {names["new"], names["in use"]}
 
 
 def test_an_unreachable_cluster_is_one_line(monkeypatch):

@@ -15,6 +15,10 @@ from repae_core.training.optim import Network
 from repae_core.training.state import LDMState
 
 
+class Lost(Exception):
+    pass
+
+
 @pytest.fixture(autouse=True)
 def scratch(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint_writer.tempfile, "gettempdir", lambda: str(tmp_path))
@@ -112,6 +116,47 @@ def test_waiting_for_a_slow_store_is_no_hang(folder, state, monkeypatch):
         target.flush()
         assert committed_checkpoints(folder) == [10]
     assert len(waits) >= 3
+
+
+def test_what_the_next_owner_has_committed_is_left_alone(folder, state):
+    """A worker whose lease was taken over while it trained comes late with the same checkpoint."""
+    with writer(folder, state) as owner:
+        save(owner, 10)
+        save(owner, 20)
+    answers = iter([None, Lost])  # the first: before the writer cleans up at its start
+
+    def guard():
+        if answer := next(answers):
+            raise answer
+
+    late = writer(folder, state, guard=guard).__enter__()
+    save(late, 20)
+    with pytest.raises(Lost):
+        late.__exit__(None, None, None)
+    assert committed_checkpoints(folder) == [10, 20]
+
+
+def test_a_store_that_never_answers_at_the_end_is_left_to_the_watchdog(folder, state, monkeypatch):
+    """While files are written the end says that it is alive; after that it says nothing more."""
+    monkeypatch.setattr(checkpoint_writer, "_PULSE_SECONDS", 0.05)
+    monkeypatch.setattr(checkpoint_writer, "_STUCK_SECONDS", 0.5)
+    away, waits = threading.Event(), []
+
+    def train():
+        with writer(folder, state, guard=lambda: away.wait(60), waits=lambda: waits.append(1)) as target:
+            save(target, 10)
+
+    run = threading.Thread(target=train)
+    run.start()
+    run.join(1.5)
+    said = len(waits)
+    assert 2 < said < 20
+    run.join(0.5)
+    assert run.is_alive()
+    assert len(waits) == said
+    away.set()
+    run.join(20)
+    assert committed_checkpoints(folder) == [10]
 
 
 def test_a_failed_upload_stops_the_run_and_damages_nothing(folder, state, monkeypatch):

@@ -103,6 +103,12 @@ def test_every_kind_of_step_is_counted(joint_run, caplog):
     assert 0 < without < count[repae_step]
 
 
+def test_a_step_without_alignment_is_counted(images, tmp_path, caplog):
+    run = JointRun(tiny.config("digits", tmp_path, "train_repae.encoder=[]"), images, folder(tmp_path), open_group())
+    assert image_flops(repae_step, run.state, run.objective, image_side=32) > 0
+    assert caplog.text == ""
+
+
 def test_counting_touches_nothing(joint_run):
     state = joint_run.state
     modules = [network.module for network in state.networks().values()] + [state.ema]

@@ -55,8 +55,11 @@ def test_the_first_statistics_go_into_the_moving_average_too(config, images, tmp
     assert not torch.allclose(average, torch.zeros(4), atol=1e-3)  # measured, not the untouched buffers
 
 
-def test_resume_is_exact(config, images, tmp_path):
+@pytest.mark.parametrize("vae_training", ["repa-e", "frozen"])
+def test_resume_is_exact(config, images, tmp_path, vae_training):
     """Stopped between checkpoints, in the warm-up and in joint training, a run ends with the same bytes."""
+    chosen = {"vae_training": vae_training, "vae_warmup_learning_rate": 5 * config.train_repae.vae_learning_rate}
+    config = config.model_copy(update={"train_repae": config.train_repae.model_copy(update=chosen)})
     through, stopped = folder(tmp_path / "a"), folder(tmp_path / "b")
     history = train(start(config, images, through))
     for stop_at in (3, 5):
