@@ -71,7 +71,9 @@ class Store:
         threading.Thread(target=_probe, args=(probed, answer), daemon=True).start()
         try:
             answer.result(timeout=2 * _CHECK_SECONDS)
-        except TimeoutError:
+        except TimeoutError as error:
+            if answer.done():  # the store's own
+                raise StoreError(f"store {self.url}: {_reason(error)}") from None
             raise StoreError(f"store {self.url}: no answer within {2 * _CHECK_SECONDS:.0f} s") from None
         except StoreError:
             raise

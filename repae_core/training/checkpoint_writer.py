@@ -39,7 +39,7 @@ class CheckpointWriter:
     next `save`, `check` or at the end. Kept are the newest `keep`, and every one at a multiple of `keep_every`
     images (0 = none).
 
-    guard: called before anything in the folder is changed, raises when the stage's lease is lost; waits: called on
+    guard: called before checkpoints are changed, raises when the stage's lease is lost; waits: called on
     every rank again and again while `save` waits for room or `flush` for the store, and while the end waits for it.
     """
 

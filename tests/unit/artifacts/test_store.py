@@ -5,6 +5,7 @@ import uuid
 from datetime import UTC, datetime
 
 import pytest
+import s3fs
 
 from repae_core.artifacts import Store, StoreError
 
@@ -128,6 +129,7 @@ def test_a_server_that_never_answers_is_one_line(monkeypatch):
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
         with pytest.raises(StoreError, match=r"store s3://bucket/x: no answer within 2 s"):
             Store("s3://bucket/x").check()
+    s3fs.S3FileSystem.clear_instance_cache()  # it would keep the address
 
 
 def test_check_leaves_nothing(store):
