@@ -45,11 +45,10 @@ def stage_log(
         for each in _LOGGERS:
             for handler in handlers:
                 each.removeHandler(handler)
-        with contextlib.suppress(
-            StoreError, FileNotFoundError
-        ):  # what ended the work is the news, not that its log is lost
-            file = f"logs/{name}.log"
-            earlier = artifact.read_bytes(file) if artifact.exists(file) else b""
+        with contextlib.suppress(StoreError):  # what ended the work is the news, not that its log is lost
+            file, earlier = f"logs/{name}.log", b""
+            with contextlib.suppress(FileNotFoundError):
+                earlier = artifact.read_bytes(file)
             artifact.write_bytes(file, earlier + kept.getvalue().encode())
 
 

@@ -12,7 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent import futures
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -65,16 +65,14 @@ class Store:
         """Write and remove a probe file; StoreError (within half a minute) when that fails."""
         probed = copy.copy(self)
         probed.retry_seconds = min(self.retry_seconds, _CHECK_SECONDS)
-        answer: Future[None] = Future()
+        answer: futures.Future[None] = futures.Future()
         # A thread that nobody waits for: a server that takes a request and never answers (its disk is full) keeps a
         # call for minutes, since the client's own attempts multiply.
         threading.Thread(target=_probe, args=(probed, answer), daemon=True).start()
+        if not futures.wait([answer], timeout=2 * _CHECK_SECONDS).done:
+            raise StoreError(f"store {self.url}: no answer within {2 * _CHECK_SECONDS:.0f} s")
         try:
-            answer.result(timeout=2 * _CHECK_SECONDS)
-        except TimeoutError as error:
-            if answer.done():  # the store's own
-                raise StoreError(f"store {self.url}: {_reason(error)}") from None
-            raise StoreError(f"store {self.url}: no answer within {2 * _CHECK_SECONDS:.0f} s") from None
+            answer.result()
         except StoreError:
             raise
         except OSError as error:
@@ -280,7 +278,7 @@ class Store:
             pause = min(pause * 2, 10.0)
 
 
-def _probe(store: Store, answer: Future[None]) -> None:
+def _probe(store: Store, answer: futures.Future[None]) -> None:
     name = f".probe-{uuid.uuid4().hex}"
     try:
         store.write_bytes(name, b"probe")

@@ -39,8 +39,8 @@ class CheckpointWriter:
     next `save`, `check` or at the end. Kept are the newest `keep`, and every one at a multiple of `keep_every`
     images (0 = none).
 
-    guard: called before checkpoints are changed, raises when the stage's lease is lost; waits: called on
-    every rank again and again while `save` waits for room or `flush` for the store, and while the end waits for it.
+    guard: called before checkpoints are changed, raises when the stage's lease is lost; waits: called again and again,
+    on every rank while `save` waits for room or `flush` for the store, on the main one while the end waits for it.
     """
 
     def __init__(
