@@ -39,8 +39,8 @@ class CheckpointWriter:
     next `save`, `check` or at the end. Kept are the newest `keep`, and every one at a multiple of `keep_every`
     images (0 = none).
 
-    guard: called before checkpoints are changed, raises when the stage's lease is lost; waits: called again and again,
-    on every rank while `save` waits for room or `flush` for the store, on the main one while the end waits for it.
+    guard: called before anything in the store is changed, raises when the stage's lease is lost; waits: called again
+    and again, on every rank while `save` waits for room or `flush` for the store, on the main one while the end waits.
     """
 
     def __init__(
@@ -166,6 +166,7 @@ class CheckpointWriter:
 
     def _write(self, files: dict[str, bytes], receipt: Any) -> None:
         if self._error is None:
+            self._guard()
             for name, content in files.items():
                 self._folder.write_bytes(name, content)
             self._receipts.append(receipt)

@@ -118,11 +118,13 @@ def test_waiting_for_a_slow_store_is_no_hang(folder, state, monkeypatch):
     assert len(waits) >= 3
 
 
-def test_what_the_next_owner_has_committed_is_left_alone(folder, state):
-    """A worker whose lease was taken over while it trained comes late with the same checkpoint."""
+@pytest.mark.parametrize("late_with", [save, lambda target, images: target.write({"1.png": b"late"}, images)])
+def test_what_the_next_owner_has_committed_is_left_alone(folder, state, late_with):
+    """A worker whose lease was taken over while it trained comes late with the same checkpoint, or a picture."""
     with writer(folder, state) as owner:
         save(owner, 10)
         save(owner, 20)
+        owner.write({"1.png": b"picture"}, None)
     answers = iter([None, Lost])  # the first: before the writer cleans up at its start
 
     def guard():
@@ -130,10 +132,11 @@ def test_what_the_next_owner_has_committed_is_left_alone(folder, state):
             raise answer
 
     late = writer(folder, state, guard=guard).__enter__()
-    save(late, 20)
+    late_with(late, 20)
     with pytest.raises(Lost):
         late.__exit__(None, None, None)
     assert committed_checkpoints(folder) == [10, 20]
+    assert folder.read_bytes("1.png") == b"picture"
 
 
 def test_a_store_that_never_answers_at_the_end_is_left_to_the_watchdog(folder, state, monkeypatch):
