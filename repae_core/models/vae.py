@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from repae_core.config.architectures import VAE_ARCHITECTURES
 from repae_core.models.attention import attend
 from repae_core.models.gaussian import DiagonalGaussian
+from repae_core.models.group_norm import GroupNorm
 from repae_core.models.precision import at_least_fp32
 from repae_core.models.recompute import RecomputableBlock
 
@@ -21,9 +22,9 @@ class ResBlock(RecomputableBlock):
 
     def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps=1e-6)
+        self.norm1 = GroupNorm(groups, in_channels, eps=1e-6)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-6)
+        self.norm2 = GroupNorm(groups, out_channels, eps=1e-6)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         if in_channels != out_channels:
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
@@ -40,7 +41,7 @@ class SpatialAttention(RecomputableBlock):
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.norm = GroupNorm(groups, channels, eps=1e-6)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
@@ -96,8 +97,8 @@ def _of_doubled_input(weight: Tensor) -> Tensor:
     tap = torch.eye(3, dtype=weight.dtype, device=weight.device)
     sums = (F.pad(tap, (0, 0, 0, 1)) + F.pad(tap, (0, 0, 1, 0))).flip(0)  # [4,3]
     with torch.autocast(weight.device.type, enabled=False):  # the convolution rounds the kernel, once
-        kernel = weight.transpose(0, 1).flatten(2) @ torch.kron(sums, sums).T  # [C_in,C_out,16]
-    return kernel.unflatten(2, (4, 4))
+        kernel = weight.transpose(0, 1).reshape(-1, 9) @ torch.kron(sums, sums).T  # [C_in*C_out,16]
+    return kernel.view(weight.shape[1], weight.shape[0], 4, 4)
 
 
 class Level(nn.Module):
@@ -148,7 +149,7 @@ class Encoder(nn.Module):
             if level != last:
                 self.down[level].downsample = Downsample(width)
         self.mid = Middle(widths[-1], groups)
-        self.norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.norm_out = GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 2 * latent, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -178,7 +179,7 @@ class Decoder(nn.Module):
             self.up.append(Level(pairs, groups, attention=attn_lowest and level == last))
             if level != 0:
                 self.up[level].upsample = Upsample(width)
-        self.norm_out = nn.GroupNorm(groups, widths[0], eps=1e-6)
+        self.norm_out = GroupNorm(groups, widths[0], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[0], ch, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
