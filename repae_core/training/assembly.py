@@ -123,7 +123,7 @@ def new_joint_state(
         discriminator=train_network(discriminator, config, group, config.disc_learning_rate),
         lecam=LeCamEMA(config.lecam_decay) if config.lecam_weight else None,
     )
-    settle(state, compiled=config.compile)
+    settle(state, config)
     return state
 
 
@@ -131,36 +131,42 @@ def new_ldm_state(config: TrainingConfig, group: Group, sit: SiT) -> LDMState:
     """SiT ready for the latent-only loop."""
     trained = train_network(sit, config, group, config.learning_rate)
     state = LDMState(group=group, sit=trained, ema=moving_average(sit), timer=PhaseTimer(group.device))
-    settle(state, compiled=config.compile)
+    settle(state, config)
     return state
 
 
-def settle(state: LDMState, *, compiled: bool) -> None:
+def settle(state: LDMState, config: TrainingConfig) -> None:
     """One throw-away pass through every network where one is needed.
 
-    Under DDP, so that resumed runs reduce gradients as unstopped ones do; compiled, to see that they do compile.
+    Under DDP, so that resumed runs reduce gradients as unstopped ones do; compiled, to see that they do compile, in
+    the run's precision and with as many images as a pass of the run has.
     """
-    if compiled:
+    if config.compile:
         modules = [network.module for network in state.networks().values()]
-        keep_if_it_compiles(lambda: throw_away_pass(state), *modules)
+        images = config.batch_size // (state.group.world_size * config.gradient_accumulation_steps)
+        keep_if_it_compiles(lambda: throw_away_pass(state, config, images), *modules)
     elif state.group.world_size > 1:
-        throw_away_pass(state)
+        throw_away_pass(state, config, 1)
 
 
-def throw_away_pass(state: LDMState) -> None:
-    """Forward and backward through every network, of one image of zeros; nothing is kept."""
+def throw_away_pass(state: LDMState, config: TrainingConfig, images: int) -> None:
+    """Forward and backward through every network, of images of zeros; nothing is kept."""
     sit, device = state.sit.module, state.device
-    z = torch.zeros(1, sit.in_channels, sit.input_size, sit.input_size, device=device)
-    zero = torch.zeros(1, device=device)
-    velocity, projections = state.sit.forward(z, zero, zero.long(), with_projections=True)
+    z = torch.zeros(images, sit.in_channels, sit.input_size, sit.input_size, device=device)
+    zero = torch.zeros(images, device=device)
+    with autocast(device, config.mixed_precision):
+        velocity, projections = state.sit.forward(z, zero, zero.long(), with_projections=True)
     state.sit.settle_buckets(sum((p.mean() for p in projections), velocity.mean()))
-    if isinstance(state, JointState):
+    if isinstance(state, JointState) and isinstance(config, TrainRepaeConfig):
         side = sit.input_size * state.vae.module.downsample_factor
-        x = torch.zeros(1, 3, side, side, device=device)
-        _, _, recon = state.vae.forward(x, z)
+        x = torch.zeros(images, 3, side, side, device=device).contiguous(memory_format=torch.channels_last)
+        with autocast(device, config.vae_mixed_precision):
+            _, _, recon = state.vae.forward(x, z)
         state.vae.settle_buckets(recon.mean())
         state.discriminator.module.eval()  # this pass must not reach its running statistics
-        state.discriminator.settle_buckets(state.discriminator.forward(x).mean())
+        with autocast(device, config.vae_mixed_precision):
+            logits = state.discriminator.forward(x)
+        state.discriminator.settle_buckets(logits.mean())
         state.discriminator.module.train()
 
 

@@ -79,6 +79,8 @@ class CheckpointWriter:
             self._queue.put(None)
             if kind is None or issubclass(kind, Exception):
                 self._wait_for_the_end()
+            else:
+                self._error = self._error or error  # from here on nothing is committed: its files may be going
             self._thread.join(_CANCEL_SECONDS)
             shutil.rmtree(self._scratch, ignore_errors=True)
         if error is None:
@@ -187,8 +189,9 @@ class CheckpointWriter:
             self._folder.upload(f"{name}/{path.name}", path)
             self._moved = time.monotonic()
         self._guard()
-        commit_checkpoint(self._folder, name)
-        self._prune()
+        if self._error is None:
+            commit_checkpoint(self._folder, name)
+            self._prune()
 
     def _clear(self) -> None:
         """What an attempt left that died while it uploaded or dropped a checkpoint."""

@@ -34,5 +34,10 @@ def keep_if_it_compiles(first_pass: Callable[[], None], *networks: nn.Module) ->
         first_pass()
 
 
+def is_compiled(network: nn.Module) -> bool:
+    """Whether blocks inside run compiled, which differs from the config where the compiler has failed."""
+    return any(block._compiled_call_impl is not None for block in _blocks(network))
+
+
 def _blocks(*networks: nn.Module) -> list[nn.Module]:
     return [module for network in networks for module in network.modules() if isinstance(module, RecomputableBlock)]

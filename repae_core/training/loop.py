@@ -20,7 +20,7 @@ from repae_core.artifacts import Artifact
 from repae_core.artifacts.checkpoints import committed_checkpoints
 from repae_core.training.checkpoint import load_checkpoint
 from repae_core.training.checkpoint_writer import CheckpointWriter
-from repae_core.training.precision import at_step, require_finite_gradients
+from repae_core.training.precision import at_step, largest_norms, require_finite_gradients
 from repae_core.training.state import LDMState, Metrics
 from repae_core.training.throughput import ThroughputMeter
 from repae_core.training.watchdog import StepWatchdog
@@ -147,11 +147,13 @@ class TrainingLoop:
         """
         s = self.settings
         last_report, announced = time.monotonic(), False
+        norms: Metrics = {}
         with self._watchdog(), self._writer() as writer:
             for index, batch in zip(range(self.start_step, s.total_steps), self._timed(batches), strict=False):
                 done = index + 1
                 with at_step(done):
                     metrics = step(index, batch)
+                norms = largest_norms(norms, metrics)
                 last = done == s.total_steps
                 if meter:
                     meter.mark(done)
@@ -163,7 +165,8 @@ class TrainingLoop:
                 leaving = announced and not before
                 if leaving or done % s.checkpoint_every == 0 or last:
                     with at_step(done):
-                        require_finite_gradients(metrics, self.state.networks())
+                        require_finite_gradients(norms, self.state.networks())
+                    norms = {}
                     writer.save(self.record | {"images_seen": done * s.batch_size, "history": self.history})
                 if leaving:
                     logger.warning("this machine is about to be taken away: checkpoint at step %d", done)

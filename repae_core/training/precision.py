@@ -67,17 +67,23 @@ def at_step(step: int) -> Iterator[None]:
         raise NonFiniteLossError(f"step {step}: {error}; checkpoints from before are kept") from error
 
 
-def require_finite_gradients(metrics: Mapping[str, Tensor], networks: Mapping[str, Network[Any]]) -> None:
+def largest_norms(so_far: Mapping[str, Tensor], metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each network's largest gradient norm, `so_far` and in this step; NaN and infinity stay."""
+    norms = {name: value for name, value in metrics.items() if name.startswith("grad_norm_")}
+    return dict(so_far) | {name: torch.maximum(norm, so_far.get(name, norm)) for name, norm in norms.items()}
+
+
+def require_finite_gradients(norms: Mapping[str, Tensor], networks: Mapping[str, Network[Any]]) -> None:
     """Stop before a checkpoint keeps weights that a non-finite gradient of finite losses has spoilt.
 
-    Asked where a checkpoint is due: at any other step the next one's losses tell, without waiting for the device here.
+    norms: of `largest_norms` since the last checkpoint. Asked where one is due, so that no other step waits for the
+    device: mostly the next losses tell, but not where only weights are spoilt that few images use (a label's row).
     A network with a gradient scaler (fp16) has left such a step out by itself.
 
     Raises:
         NonFiniteLossError: names the networks; the norms are those of all ranks, so all of them stop.
     """
     watched = [name for name, network in networks.items() if not network.scaler.is_enabled()]
-    norms = {name: metrics[key] for name in watched if (key := f"grad_norm_{name}") in metrics}
-    bad = [name for name, norm in norms.items() if not bool(torch.isfinite(norm))]
+    bad = [n for n in watched if (norm := norms.get(f"grad_norm_{n}")) is not None and not bool(torch.isfinite(norm))]
     if bad:
-        raise NonFiniteLossError(f"non-finite gradient of {', '.join(bad)}")
+        raise NonFiniteLossError(f"non-finite gradient of {', '.join(bad)}, in this step or since the last checkpoint")

@@ -13,6 +13,7 @@ from repae_core.artifacts import Artifact
 from repae_core.config import PipelineConfig, TrainingConfig
 from repae_core.data import DataOrder, Selection, load_batches, rank_slice
 from repae_core.diffusion import item_generators, rand
+from repae_core.training.compiled import is_compiled
 from repae_core.training.distributed import Group
 from repae_core.training.draws import Draws, sample_draws
 from repae_core.training.loop import LoopSettings, Report, TrainingLoop
@@ -108,7 +109,7 @@ class TrainingRun(ABC):
             checkpoint_queue=s.checkpoint_queue,
             fixed={
                 "gradient_accumulation_steps": s.gradient_accumulation_steps,
-                "compile": s.compile,
+                "compile": is_compiled(self.state.sit.module),
                 "vae_warmup_steps": s.total_steps - s.max_steps,
                 "batch_size": s.batch_size,
             },

@@ -139,6 +139,30 @@ def test_what_the_next_owner_has_committed_is_left_alone(folder, state, late_wit
     assert folder.read_bytes("1.png") == b"picture"
 
 
+def test_a_cancel_commits_nothing_that_it_takes_away(folder, state, monkeypatch):
+    """The store answers again while the scratch of a cancelled run is being removed."""
+    monkeypatch.setattr(checkpoint_writer, "_CANCEL_SECONDS", 0.1)
+    back, calls = threading.Event(), []
+
+    def guard():
+        calls.append(1)
+        if len(calls) == 2:  # the first: before the writer cleans up at its start
+            back.wait(20)
+
+    def remove_all_but_the_record(scratch, **_):
+        for path in scratch.rglob("*.*"):
+            if path.name != "state.json":
+                path.unlink()
+
+    target = writer(folder, state, guard=guard).__enter__()
+    save(target, 10)
+    monkeypatch.setattr(checkpoint_writer.shutil, "rmtree", remove_all_but_the_record)
+    target.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    back.set()
+    target._thread.join(20)
+    assert committed_checkpoints(folder) == []
+
+
 def test_a_store_that_never_answers_at_the_end_is_left_to_the_watchdog(folder, state, monkeypatch):
     """While files are written the end says that it is alive; after that it says nothing more."""
     monkeypatch.setattr(checkpoint_writer, "_PULSE_SECONDS", 0.05)

@@ -14,6 +14,7 @@ from repae_core.artifacts import Artifact, Store
 from repae_core.losses import build_perceptual
 from repae_core.models import build_vae
 from repae_core.models.recompute import recompute_activations
+from repae_core.training import assembly
 from repae_core.training.distributed import open_group
 from repae_core.training.joint_run import JointRun
 from repae_core.training.repae_step import repae_step
@@ -91,10 +92,31 @@ def test_a_compiler_that_is_missing_is_one_warning(images, tmp_path, monkeypatch
     assert all(torch.equal(value, plain[name]) for name, value in weights.items())
 
 
-def test_other_rounding_is_refused_by_name(images, tmp_path):
-    def quiet(run):
-        return run.run(report=lambda progress: None, guard=lambda: None, record={})
+def test_a_compiler_that_fails_in_the_runs_precision_is_found_before_training(images, tmp_path, monkeypatch, caplog):
+    """And the checkpoints say that they were written without it: a compiled run does not continue them."""
 
+    def backend(graph, inputs):
+        if any(x.dtype == torch.bfloat16 for x in inputs if isinstance(x, torch.Tensor)):
+            raise RuntimeError("no bf16 kernel")
+        return graph.forward
+
+    by_inductor = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: by_inductor(self, backend=backend, **kw))
+    sets = ("compile=true", "vae_mixed_precision=bf16", "max_steps=2")
+    with caplog.at_level(logging.WARNING, "repae_core"):
+        quiet(joint_run(images, tmp_path, *sets))
+    assert sum("no bf16 kernel" in record.message for record in caplog.records) == 1
+    monkeypatch.setattr(torch.nn.Module, "compile", by_inductor)
+    monkeypatch.setattr(assembly, "keep_if_it_compiles", lambda *_: None)
+    with pytest.raises(ValueError, match="compile=False, this run has True; set it to False"):
+        quiet(joint_run(images, tmp_path, *sets))
+
+
+def quiet(run: JointRun) -> None:
+    run.run(report=lambda progress: None, guard=lambda: None, record={})
+
+
+def test_other_rounding_is_refused_by_name(images, tmp_path):
     quiet(joint_run(images, tmp_path, "max_steps=2"))
     with pytest.raises(ValueError, match="gradient_accumulation_steps=1, this run has 2; set it to 1"):
         quiet(joint_run(images, tmp_path, "gradient_accumulation_steps=2"))

@@ -341,17 +341,28 @@ def test_a_network_that_no_loss_has_reached_stays(config, images, tmp_path):
     assert torch.equal(vae.module.decoder.conv_out.weight, before)
 
 
-def test_weights_spoilt_by_a_gradient_are_not_kept(config, images, tmp_path):
-    """The losses of the checkpoint's own step are finite, only a gradient is not."""
+@pytest.mark.parametrize(
+    ("weight", "sit_step", "value"),
+    [
+        ("final_layer.linear.weight", 2, float("nan")),  # in the checkpoint's own step, the run's fourth
+        ("y_embedder.embedding_table.weight", 1, float("inf")),  # before; no later loss sees this label's row
+    ],
+)
+def test_weights_spoilt_by_a_gradient_are_not_kept(config, images, tmp_path, weight, sit_step, value):
+    """All losses are finite, only a gradient is not."""
     out = folder(tmp_path)
     run = start(config, images, out)
     passes = []
 
     def spoil(gradient):
         passes.append(1)
-        return gradient * float("nan") if len(passes) == 2 else gradient  # SiT's second step is the run's fourth
+        if len(passes) != sit_step:
+            return gradient
+        spoilt = gradient.clone()
+        spoilt[-1] = value
+        return spoilt
 
-    run.state.sit.module.final_layer.linear.weight.register_hook(spoil)
+    run.state.sit.module.get_parameter(weight).register_hook(spoil)
     with pytest.raises(NonFiniteLossError, match="step 4: non-finite gradient of sit"):
         train(run)
     assert committed_checkpoints(out) == [16]
