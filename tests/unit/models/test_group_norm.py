@@ -49,6 +49,13 @@ def test_where_torch_is_as_fast_its_own_runs(channels, layout, dtype):
     assert "RowWise" not in type(GroupNorm(32, channels)(x).grad_fn).__name__
 
 
+@pytest.mark.parametrize(("images", "affine"), [(0, True), (2, False)])
+def test_what_has_no_rows_or_weights_is_torchs(images, affine):
+    x = torch.randn(images, 64, 4, 4).bfloat16().contiguous(memory_format=torch.channels_last).requires_grad_()
+    GroupNorm(32, 64, affine=affine)(x).sum().backward()
+    assert x.grad.shape == x.shape
+
+
 def test_a_half_precision_vae_is_as_near_to_the_exact_one(monkeypatch):
     """Against the gradients in fp32: as far off by rounding as with torch's own backward pass."""
     torch.manual_seed(0)
