@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchvision.models import AlexNet_Weights, VGG16_Weights, WeightsEnum
 
 from repae_core.digits.networks import DigitCNN, load_digit_perceptual
+from repae_core.models.precision import hold_rounded_weights
 from repae_core.remote_files import downloads_folder
 from repae_core.weights import load_weights, read_state_dict
 
@@ -70,6 +71,7 @@ class HalfPrecisionTrunk(nn.Module):
 
     def __init__(self, trunk: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
+        hold_rounded_weights(trunk, dtype)
         self.trunk, self.dtype = trunk, dtype
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:

@@ -14,6 +14,7 @@ from repae_core.encoders import build_encoder, encoder_dim
 from repae_core.interop import load_vae_weights
 from repae_core.losses import LeCamEMA, build_perceptual
 from repae_core.models import SiT, build_discriminator, build_sit, build_vae
+from repae_core.models.precision import hold_rounded_weights
 from repae_core.models.recompute import recompute_activations
 from repae_core.training.compiled import compile_blocks, keep_if_it_compiles
 from repae_core.training.distributed import Group
@@ -34,6 +35,10 @@ class Encoders:
             for name, path in zip(config.encoder, weights, strict=True)
         ]
         self.device, self.mixed_precision = device, config.mixed_precision
+        dtype = autocast_dtype(device, config.mixed_precision)
+        if dtype is not None:
+            for module in self.modules:
+                hold_rounded_weights(module, dtype)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> list[Tensor]:

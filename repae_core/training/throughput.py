@@ -148,9 +148,13 @@ def stand_in(module: nn.Module) -> Any:
     """A copy of a network on the meta device: shapes without values, so it costs no memory.
 
     Batch norms over all workers are left out (they would wait for the others, and normalising counts nothing),
-    nothing is computed twice, and layers that are computed in another way count as they are defined.
+    nothing is computed twice, weights are fp32 (there is no autocast on the meta device), and layers that are computed
+    in another way count as they are defined.
     """
-    tensors: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in module.parameters()}
+    tensors: dict[int, Any] = {
+        id(p): nn.Parameter(torch.empty_like(p, dtype=torch.float32, device="meta"), p.requires_grad)
+        for p in module.parameters()
+    }
     tensors |= {id(b): b.to("meta") for b in module.buffers()}
     twin = copy.deepcopy(module, tensors)
     for parent in list(twin.modules()):
@@ -161,7 +165,7 @@ def stand_in(module: nn.Module) -> Any:
         for name, child in list(parent.named_children()):
             if isinstance(child, GlobalBatchNorm2d):
                 setattr(parent, name, nn.Identity())
-            elif isinstance(child, HalfPrecisionTrunk):  # there is no autocast on the meta device
+            elif isinstance(child, HalfPrecisionTrunk):
                 setattr(parent, name, child.trunk)
     return twin
 

@@ -18,6 +18,9 @@ from repae_core.training import assembly
 from repae_core.training.distributed import open_group
 from repae_core.training.joint_run import JointRun
 from repae_core.training.repae_step import repae_step
+from repae_core.training.throughput import image_flops
+
+CPU = torch.device("cpu")
 
 
 def joint_run(images, path, *settings) -> JointRun:
@@ -143,6 +146,31 @@ def test_lpips_with_a_half_precision_trunk(vgg_weights):
     torch.testing.assert_close(half, whole, rtol=0.05, atol=1e-3)
     half.sum().backward()
     assert float(b.grad.abs().sum()) > 0
+
+
+def test_encoders_hold_what_autocast_would_round(images, tmp_path):
+    """In bf16 a frozen encoder's products are held rounded: half the bytes and the same features, to the last bit."""
+    whole, half = (
+        assembly.Encoders(joint_run(images, tmp_path / p, f"mixed_precision={p}").joint, grid=4, device=CPU)
+        for p in ("no", "bf16")
+    )
+    x = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = whole.modules[0](x).float()
+    torch.testing.assert_close(half(x)[0], expected, rtol=0, atol=0)
+    sizes = [sum(p.nbytes for p in encoders.modules[0].parameters()) for encoders in (whole, half)]
+    assert sizes[1] < 0.6 * sizes[0]
+
+
+def test_model_flops_do_not_depend_on_the_precision(images, tmp_path):
+    """Networks that are held in half precision count as in fp32."""
+    flops = set()
+    for precision in ("no", "bf16"):
+        run = joint_run(images, tmp_path / precision, f"mixed_precision={precision}")
+        modules = run.encoders.modules
+        flops.add(image_flops(repae_step, run.state, run.joint_objective, modules, image_side=32))
+    assert len(flops) == 1
+    assert flops.pop() > 0
 
 
 @pytest.fixture
