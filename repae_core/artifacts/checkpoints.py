@@ -40,14 +40,20 @@ class CommittedFiles:
         return leaf in self._hashes
 
     def read(self, leaf: str) -> bytes:
-        """Its bytes; ValueError where they are not those that were committed."""
-        blob = self._folder.read_bytes(f"{self._name}/{leaf}")
+        """Its bytes; ValueError where they are gone or not those that were committed."""
+        try:
+            blob = self._folder.read_bytes(f"{self._name}/{leaf}")
+        except FileNotFoundError:
+            raise self._damaged(leaf, "is missing") from None
         if hashlib.sha256(blob).hexdigest() != self._hashes[leaf]:
-            raise ValueError(
-                f"{self._folder.uri}/{self._name}/{leaf} is damaged: its sha256 is not the committed one; remove the "
-                f"folder {self._name} to continue from an earlier checkpoint, or --force the stage to start anew"
-            )
+            raise self._damaged(leaf, "is damaged: its sha256 is not the committed one")
         return blob
+
+    def _damaged(self, leaf: str, how: str) -> ValueError:
+        return ValueError(
+            f"{self._folder.uri}/{self._name}/{leaf} {how}; remove the folder {self._name} to continue from an "
+            "earlier checkpoint, or --force the stage to start anew"
+        )
 
 
 def commit_checkpoint(folder: Artifact, name: str) -> None:

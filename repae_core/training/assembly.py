@@ -141,37 +141,47 @@ def new_ldm_state(config: TrainingConfig, group: Group, sit: SiT) -> LDMState:
 
 
 def settle(state: LDMState, config: TrainingConfig) -> None:
-    """One throw-away pass through every network where one is needed.
+    """Throw-away passes through every network where they are needed.
 
-    Under DDP, so that resumed runs reduce gradients as unstopped ones do; compiled, to see that they do compile, in
-    the run's precision and with as many images as a pass of the run has.
+    Compiled: one of each rank alone, to see that they do compile, in the run's precision and with as many images as a
+    pass of the run has. Under DDP: one of all, for after its first it lays the gradients out anew, and another layout
+    adds in another order: a run that continues from a checkpoint would differ in the last bit from an unstopped one.
     """
+    world_size, images = state.group.world_size, 1
     if config.compile:
         modules = [network.module for network in state.networks().values()]
-        images = config.batch_size // (state.group.world_size * config.gradient_accumulation_steps)
-        keep_if_it_compiles(lambda: throw_away_pass(state, config, images), *modules)
-    elif state.group.world_size > 1:
-        throw_away_pass(state, config, 1)
+        images = config.batch_size // (world_size * config.gradient_accumulation_steps)
+        keep_if_it_compiles(lambda: throw_away_pass(state, config, images, reduce=False), state.group, *modules)
+    if world_size > 1:
+        throw_away_pass(state, config, images, reduce=True)
+    for network in state.networks().values():
+        network.optimizer.zero_grad(set_to_none=True)
 
 
-def throw_away_pass(state: LDMState, config: TrainingConfig, images: int) -> None:
-    """Forward and backward through every network, of images of zeros; nothing is kept."""
+def throw_away_pass(state: LDMState, config: TrainingConfig, images: int, *, reduce: bool) -> None:
+    """Forward and backward through every network, of images of zeros; only gradients are left.
+
+    reduce: over the workers; off: without a word to them.
+    """
     sit, device = state.sit.module, state.device
     z = torch.zeros(images, sit.in_channels, sit.input_size, sit.input_size, device=device)
     zero = torch.zeros(images, device=device)
-    with autocast(device, config.mixed_precision):
-        velocity, projections = state.sit.forward(z, zero, zero.long(), with_projections=True)
-    state.sit.settle_buckets(sum((p.mean() for p in projections), velocity.mean()))
+    with state.sit.gradients(reduce=reduce):
+        with autocast(device, config.mixed_precision):
+            velocity, projections = state.sit.forward(z, zero, zero.long(), with_projections=True)
+        sum((p.mean() for p in projections), velocity.mean()).backward()
     if isinstance(state, JointState) and isinstance(config, TrainRepaeConfig):
         side = sit.input_size * state.vae.module.downsample_factor
         x = torch.zeros(images, 3, side, side, device=device).contiguous(memory_format=torch.channels_last)
-        with autocast(device, config.vae_mixed_precision):
-            _, _, recon = state.vae.forward(x, z)
-        state.vae.settle_buckets(recon.mean())
+        with state.vae.gradients(reduce=reduce):
+            with autocast(device, config.vae_mixed_precision):
+                _, _, recon = state.vae.forward(x, z)
+            recon.mean().backward()
         state.discriminator.module.eval()  # this pass must not reach its running statistics
-        with autocast(device, config.vae_mixed_precision):
-            logits = state.discriminator.forward(x)
-        state.discriminator.settle_buckets(logits.mean())
+        with state.discriminator.gradients(reduce=reduce):
+            with autocast(device, config.vae_mixed_precision):
+                logits = state.discriminator.forward(x)
+            logits.mean().backward()
         state.discriminator.module.train()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import platform
 import queue
 import shutil
 import tempfile
@@ -212,11 +213,12 @@ def open_scratch(fingerprint: str) -> Path:
     """An empty folder of this process below TMPDIR; those that killed processes left are removed."""
     parent = Path(tempfile.gettempdir()) / f"repae-checkpoints-{os.getuid()}"
     parent.mkdir(mode=0o700, exist_ok=True)
-    for folder in parent.iterdir():
-        pid = folder.name.rpartition("-")[2]
+    here = platform.node()  # TMPDIR may be shared: another machine's processes are not seen here
+    for folder in parent.glob(f"*@{here}@*"):
+        pid = folder.name.rpartition("@")[2]
         if pid.isdigit() and not psutil.pid_exists(int(pid)):
             shutil.rmtree(folder, ignore_errors=True)
-    scratch = parent / f"{fingerprint}-{os.getpid()}"
+    scratch = parent / f"{fingerprint}@{here}@{os.getpid()}"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     return scratch

@@ -10,6 +10,7 @@ import torch._dynamo.config
 from torch import nn
 
 from repae_core.models.recompute import RecomputableBlock
+from repae_core.training.distributed import Group
 
 _GRAPHS = 64  # of one kind of block: a VAE's has a graph a width and resolution, more than torch's limit of 8
 logger = logging.getLogger("repae_core")
@@ -22,16 +23,24 @@ def compile_blocks(*networks: nn.Module) -> None:
         block.compile(dynamic=False)
 
 
-def keep_if_it_compiles(first_pass: Callable[[], None], *networks: nn.Module) -> None:
-    """Make the first pass; where it fails, warn once and go on uncompiled (no C compiler, an unknown operator)."""
+def keep_if_it_compiles(trial: Callable[[], None], group: Group, *networks: nn.Module) -> None:
+    """Make a pass of this rank alone; where it fails on any, warn once and go on uncompiled on all.
+
+    It fails without a C compiler or on an operator that the compiler does not know.
+    """
+    failure = None
     try:
-        first_pass()
+        trial()
     except Exception as error:
-        told = " ".join(str(error).split("Set TORCH")[0].split())  # what follows is advice to torch's developers
-        logger.warning("torch.compile failed (%s); training goes on without it", told[:300] or type(error).__name__)
-        for block in _blocks(*networks):
-            block._compiled_call_impl = None
-        first_pass()
+        # What follows is advice to torch's developers.
+        told = " ".join(str(error).split("Set TORCH")[0].split())
+        failure = told[:300] or type(error).__name__
+    if group.all_true(torch.tensor([failure is None], device=group.device)).item():
+        return
+    reason = failure or "on another worker, whose log says why"
+    logger.warning("torch.compile failed (%s); training goes on without it", reason)
+    for block in _blocks(*networks):
+        block._compiled_call_impl = None
 
 
 def is_compiled(network: nn.Module) -> bool:

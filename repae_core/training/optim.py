@@ -52,15 +52,6 @@ class Network(Generic[M]):
             return nullcontext()
         return self.forward.no_sync()
 
-    def settle_buckets(self, loss: Tensor) -> None:
-        """A throw-away backward pass, its gradients dropped.
-
-        After its first pass DDP lays the gradients out anew, and another layout adds in another order: a run that
-        continues from a checkpoint would differ in the last bit from one that did not stop.
-        """
-        loss.backward()
-        self.optimizer.zero_grad(set_to_none=True)
-
     def backward(self, loss: Tensor) -> None:
         """Add the loss's gradient."""
         self.scaler.scale(loss).backward()

@@ -73,6 +73,30 @@ group.barrier()
 group.accelerator.end_training()
 """
 
+COMPILING = """
+import json, sys
+import tiny, torch
+from repae_core.training.assembly import new_joint_state
+from repae_core.training.compiled import is_compiled
+from repae_core.training.distributed import open_group
+
+def backend(graph, inputs):
+    if group.rank == 1:
+        raise RuntimeError("no such operator")
+    return graph.forward
+
+compile_by = torch.nn.Module.compile
+torch.nn.Module.compile = lambda self, **settings: compile_by(self, backend=backend, **settings)
+torch.set_num_threads(1)
+config = tiny.config("digits", "unused", "train_repae.compile=true", "train_repae.batch_size=4")
+group = open_group()
+state = new_joint_state(config.train_repae, config.compat, group, seed=0, latent_size=8, num_classes=10)
+seen = {name: is_compiled(network.module) for name, network in state.networks().items()}
+open(f"{sys.argv[1]}/{group.rank}.json", "w").write(json.dumps(seen))
+group.barrier()
+group.accelerator.end_training()
+"""
+
 
 def results(folder: Path, world: int) -> list[dict]:
     folder.mkdir()
@@ -102,3 +126,9 @@ def test_ranks_wait_for_a_slow_store_together(tmp_path):
     in_save, in_all = counts[0]
     assert 6 <= in_save < in_all
     assert committed_checkpoints(Artifact(Store(str(tmp_path)), "train-ldm", "f" * 16)) == [10, 20, 30]
+
+
+def test_a_compiler_that_fails_on_one_rank_is_used_on_none(tmp_path):
+    run_ranks(COMPILING, 2, str(tmp_path))
+    seen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert seen == [dict.fromkeys(("sit", "vae", "discriminator"), False)] * 2

@@ -1,5 +1,6 @@
 """The background writer: what is kept, what happens while the store is away or full, and after a lost lease."""
 
+import platform
 import threading
 
 import pytest
@@ -217,11 +218,14 @@ def test_a_full_local_disk_is_one_line(folder, state, monkeypatch, told):
 
 
 def test_scratch_of_killed_processes_is_removed(tmp_path):
+    """Of this machine alone: in a shared TMPDIR another's processes are not seen."""
     left = checkpoint_writer.open_scratch("a" * 16)
-    dead = left.parent / f"{'a' * 16}-999999999"
-    dead.mkdir()
+    dead, of_another = (left.with_name(f"{'a' * 16}@{host}@999999999") for host in (platform.node(), "another"))
+    for folder in (dead, of_another):
+        folder.mkdir()
     checkpoint_writer.open_scratch("b" * 16)
     assert not dead.exists()
+    assert of_another.exists()
     assert left.exists()
 
 

@@ -7,7 +7,12 @@ from scipy import stats
 
 from repae_core.artifact_models import UNTUNED_VAE
 from repae_core.artifacts import Artifact, Store
-from repae_core.artifacts.checkpoints import commit_checkpoint, committed_checkpoints, resolve_checkpoint
+from repae_core.artifacts.checkpoints import (
+    CommittedFiles,
+    commit_checkpoint,
+    committed_checkpoints,
+    resolve_checkpoint,
+)
 from repae_core.config import PipelineConfig
 from repae_core.diffusion import Interpolant
 from repae_core.training import joint_run
@@ -108,6 +113,8 @@ def test_half_written_checkpoints_do_not_count(config, images, tmp_path):
     assert committed_checkpoints(out) == [32, 48]
     out.delete("checkpoints/48/ema.safetensors")
     assert resolve_checkpoint(out, "last") == 32
+    with pytest.raises(ValueError, match=r"checkpoints/48/ema.safetensors is missing; remove the folder"):
+        CommittedFiles(out, 48).read("ema.safetensors")
     with pytest.raises(ValueError, match="no checkpoint '48'; there are: last, 32"):
         resolve_checkpoint(out, "48")
 
