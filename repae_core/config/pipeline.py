@@ -16,6 +16,7 @@ from repae_core.config.stages import (
 )
 from repae_core.config.training import TrainingConfig, TrainLDMConfig, TrainRepaeConfig
 
+SMALLEST_DISCRIMINATED = 24  # PatchGAN: a side is halved three times, and two 4x4 kernels take one each
 STAGES = (
     "preprocess",
     "train-repae",
@@ -103,6 +104,11 @@ class PipelineConfig(Config):
             raise ValueError(
                 f"preprocess.resolution={self.preprocess.resolution} is not divisible by {factor}, "
                 "the downsampling of train_repae.vae"
+            )
+        if self.preprocess.resolution < SMALLEST_DISCRIMINATED:
+            raise ValueError(
+                f"preprocess.resolution={self.preprocess.resolution}: the discriminator of train_repae needs at least "
+                f"{SMALLEST_DISCRIMINATED} pixels a side"
             )
         if self.extract_vae.weights == "ema" and not self.train_repae.vae_ema_decay:
             raise ValueError("extract_vae.weights=ema needs a moving average: set train_repae.vae_ema_decay")

@@ -24,21 +24,20 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         """Normalise x [B,C,H,W]; B is this rank's part."""
         if not self.training:
             return super().forward(x)
-        normalised = self._by_global_statistics(x)
+        normalised = self._by_global_statistics(at_least_fp32(x))
         if self.affine:
             normalised = normalised * self.weight[None, :, None, None] + self.bias[None, :, None, None]
-        return normalised
+        return normalised.to(x.dtype)
 
     def _by_global_statistics(self, x: Tensor) -> Tensor:
-        wide = at_least_fp32(x)
         count = torch.tensor([x.numel() / x.shape[1]], device=x.device, dtype=torch.float64)
-        total = sum_over_ranks(torch.cat([wide.sum((0, 2, 3), dtype=torch.float64), count]))
+        total = sum_over_ranks(torch.cat([x.sum((0, 2, 3), dtype=torch.float64), count]))
         n, mean = total[-1], total[:-1] / total[-1]
         # A second reduction, of centred squares: E[x^2] - E[x]^2 would cancel.
-        centred = wide - mean.to(wide.dtype)[None, :, None, None]
+        centred = x - mean.to(x.dtype)[None, :, None, None]
         var = sum_over_ranks(centred.square().sum((0, 2, 3), dtype=torch.float64)) / n
-        self._update_running(mean.detach(), var.detach() * n / (n - 1))
-        return (centred * torch.rsqrt(var + self.eps).to(wide.dtype)[None, :, None, None]).to(x.dtype)
+        self._update_running(mean.detach(), var.detach() * n / (n - 1).clamp(min=1))  # a single value varies by 0
+        return centred * torch.rsqrt(var + self.eps).to(x.dtype)[None, :, None, None]
 
     @torch.no_grad()
     def _update_running(self, mean: Tensor, var: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 import platform
 import queue
@@ -185,28 +186,37 @@ class CheckpointWriter:
     def _upload(self, images_seen: int) -> None:
         name = f"{FOLDER}/{images_seen}"
         self._guard()  # else a worker whose lease is lost would break what its successor has committed
-        self._folder.delete(f"{name}/commit.json")
+        self._drop(images_seen)
+        sizes = {}
         for path in sorted((self._scratch / str(images_seen)).iterdir()):
             self._folder.upload(f"{name}/{path.name}", path)
+            sizes[path.name] = path.stat().st_size
             self._moved = time.monotonic()
         self._guard()
+        if self._folder.files(name) != sizes:  # an attempt that was given up, but still runs
+            raise StoreError(f"{self._folder.uri}/{name}: another process has changed it while it was written")
         if self._error is None:
             commit_checkpoint(self._folder, name)
-            self._prune()
+            self._prune(before=images_seen)
 
     def _clear(self) -> None:
         """What an attempt left that died while it uploaded or dropped a checkpoint."""
         self._guard()
         self._prune()
 
-    def _prune(self) -> None:
+    def _prune(self, before: float = math.inf) -> None:
+        """Keep the checkpoints that are to be kept, and what is newer: a later attempt may be writing it."""
         committed = committed_checkpoints(self._folder)
         kept = set(committed[-self._keep :])
         kept |= {images for images in committed if self._keep_every and images % self._keep_every == 0}
         found = {name.split("/")[0] for name in self._folder.files(FOLDER)}
-        for images in found - {str(images) for images in kept}:
-            self._folder.delete(f"{FOLDER}/{images}/commit.json")
-            self._folder.delete(f"{FOLDER}/{images}", recursive=True)
+        for images_seen in {int(name) for name in found if name.isdigit()} - kept:
+            if images_seen < before:
+                self._drop(images_seen)
+
+    def _drop(self, images_seen: int) -> None:
+        self._folder.delete(f"{FOLDER}/{images_seen}/commit.json")
+        self._folder.delete(f"{FOLDER}/{images_seen}", recursive=True)
 
 
 def open_scratch(fingerprint: str) -> Path:

@@ -17,6 +17,7 @@ from typing import Self
 logger = logging.getLogger("repae_core")
 
 MINIMUM_SECONDS = 120.0
+FIRST_STEP_SECONDS = 600.0
 MEDIANS = 10.0
 _EXIT_CODE = 70  # EX_SOFTWARE
 
@@ -32,7 +33,7 @@ class StepWatchdog:
 
     minimum: seconds in place of the 120, where it is longer.
 
-    It watches from the first `beat` on: the first step loads, compiles and connects.
+    The first step, which loads and connects, may take 600 s where the limit is shorter.
     """
 
     def __init__(
@@ -41,11 +42,12 @@ class StepWatchdog:
         self._timeout, self._on_hang = timeout, on_hang
         self._minimum = max(MINIMUM_SECONDS, minimum)
         self._durations: deque[float] = deque(maxlen=101)
-        self._last: float | None = None
+        self._last, self._first = time.monotonic(), True
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="step-watchdog", daemon=True)
 
     def __enter__(self) -> Self:
+        self._last = time.monotonic()
         self._thread.start()
         return self
 
@@ -55,24 +57,24 @@ class StepWatchdog:
     def beat(self) -> None:
         """A step has ended."""
         now = time.monotonic()
-        if self._last is not None:
+        if not self._first:
             self._durations.append(now - self._last)
-        self._last = now
+        self._last, self._first = now, False
 
     def alive(self) -> None:
         """The step under way still works."""
-        if self._last is not None:
-            self._last = time.monotonic()
+        self._last = time.monotonic()
 
     @property
     def limit(self) -> float:
-        """Seconds after which a step counts as hanging."""
+        """Seconds after which the step under way counts as hanging."""
         median = statistics.median(self._durations) if self._durations else 0.0
-        return self._timeout or max(self._minimum, MEDIANS * median)
+        limit = self._timeout or max(self._minimum, MEDIANS * median)
+        return max(limit, FIRST_STEP_SECONDS) if self._first else limit
 
     def _watch(self) -> None:
         while not self._stop.wait(min(1.0, self.limit / 4)):
-            if self._last is not None and time.monotonic() - self._last > self.limit:
+            if time.monotonic() - self._last > self.limit:
                 logger.error("no step has ended for %.0f s: this worker hangs and is ended", self.limit)
                 self._on_hang()
                 return

@@ -23,7 +23,7 @@ def preprocess(tmp_path, home):
     """Run the stage as its user does; everything that reaches the terminal counts."""
 
     def run(source, *more: str) -> tuple[int, str]:
-        values = [f"preprocess.source={source}", "preprocess.resolution=16", "preprocess.images_per_shard=8", *more]
+        values = [f"preprocess.source={source}", "preprocess.resolution=32", "preprocess.images_per_shard=8", *more]
         script = "from flows.cli import main; main()"
         command = ["stage", "preprocess", "--store", str(tmp_path / "store"), *tiny.arguments(values)]
         done = subprocess.run([sys.executable, "-c", script, *command], capture_output=True, text=True, env=os.environ)

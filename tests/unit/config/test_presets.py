@@ -41,6 +41,7 @@ def test_presets_of_published_numbers_sample_and_score_on_gpus(name):
         ("generate.guidance_interval=[0.9,0.1]", "generate.guidance_interval: must be two times"),
         ("generate.guidance=inf", "generate.guidance: Input should be a finite number"),
         ("generate.labels=cat", "generate.labels: must be `equal`, `random`, or a list"),
+        ("preprocess.resolution=16", "preprocess.resolution=16: the discriminator of train_repae needs at least 24"),
         ("train_repae.workers=5", "batch_size=48 is not divisible by workers=5"),
         ("compat=all", "must be `published`"),
         ("generate", "expected stage.field=value"),

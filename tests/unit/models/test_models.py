@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from repae_core.models import DiagonalGaussian, LatentNorm, build_discriminator, build_sit, build_vae, drop_labels
+from repae_core.models.batch_norm import GlobalBatchNorm2d
 from repae_core.models.vae import Upsample
 
 SIT = {"input_size": 8, "in_channels": 4, "num_classes": 10, "z_dims": [12, 7], "encoder_depth": 2}
@@ -111,6 +112,29 @@ def test_latent_norm():
     norm.eval()
     torch.testing.assert_close(norm.denormalize(norm(z)), z, atol=1e-4, rtol=1e-4)
     assert not list(norm.parameters())
+
+
+def test_global_batch_norm_of_one_rank_is_torchs():
+    """Values, gradients and running statistics; how it sums over several: `tests/distributed/test_ranks.py`."""
+    x = torch.randn(4, 3, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 3 + 2
+    results = []
+    for norm in (torch.nn.BatchNorm2d(3).double(), GlobalBatchNorm2d(3).double()):
+        torch.nn.init.uniform_(norm.weight, generator=torch.Generator().manual_seed(1))
+        given = x.clone().requires_grad_()
+        y = norm(given)
+        y.pow(3).sum().backward()
+        results.append(
+            [y, given.grad, norm.weight.grad, norm.bias.grad, norm.running_mean, norm.running_var, norm.eval()(x)]
+        )
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_global_batch_norm_keeps_the_type_and_takes_a_single_value():
+    norm = GlobalBatchNorm2d(3)
+    for training in (True, False):
+        assert norm.train(training)(torch.ones(1, 3, 1, 1).bfloat16()).dtype == torch.bfloat16
+    assert norm.running_var.isfinite().all()
 
 
 def test_latent_statistics_can_be_set_back(sit):

@@ -1,5 +1,6 @@
 """The background writer: what is kept, what happens while the store is away or full, and after a lost lease."""
 
+import contextlib
 import platform
 import threading
 
@@ -8,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 
 from repae_core.artifacts import Artifact, Store, StoreError
-from repae_core.artifacts.checkpoints import committed_checkpoints
+from repae_core.artifacts.checkpoints import CommittedFiles, committed_checkpoints
 from repae_core.training import checkpoint_writer
 from repae_core.training.checkpoint_writer import CheckpointWriter
 from repae_core.training.distributed import open_group
@@ -64,6 +65,61 @@ def test_what_a_killed_attempt_left_is_removed(folder, state):
         pass
     assert committed_checkpoints(folder) == [20]
     assert all(name.startswith("20/") for name in folder.files("checkpoints"))
+
+
+def test_an_attempt_that_was_given_up_cannot_hollow_out_its_successors_checkpoint(folder, state, tmp_path, monkeypatch):
+    """Frozen in its own upload, it wakes up and drops what is old while the next one uploads."""
+    frozen, awake, reached = threading.Event(), threading.Event(), threading.Event()
+    upload = folder.upload
+    successor = Artifact(folder.store, folder.stage, folder.fingerprint)
+    upload_of_successor = successor.upload
+
+    def slow(name, path):
+        upload(name, path)
+        frozen.set()
+        awake.wait(20)
+
+    def watched(name, path):
+        upload_of_successor(name, path)
+        if "/20/" in name and not awake.is_set():
+            reached.set()
+            awake.set()
+            with contextlib.suppress(StoreError):  # it finds its own half gone
+                first.flush()
+
+    folder.upload, successor.upload = slow, watched
+    first = writer(folder, state)
+    first.__enter__()
+    save(first, 10)
+    assert frozen.wait(20)
+    (tmp_path / "other").mkdir()
+    monkeypatch.setattr(checkpoint_writer, "open_scratch", lambda _: tmp_path / "other")
+    with writer(successor, state) as second:
+        save(second, 20)
+        second.flush()
+    with pytest.raises(StoreError, match="checkpoints/10: another process has changed it"):
+        first.__exit__(None, None, None)
+    assert reached.is_set()
+    assert committed_checkpoints(successor) == [20]
+    assert CommittedFiles(successor, 20).read("sit.safetensors")
+
+
+def test_a_checkpoint_that_changed_while_it_was_written_is_not_committed(folder, state):
+    upload = folder.upload
+
+    def with_a_rival(name, path):
+        upload(name, path)
+        if name.endswith("20/state.json"):
+            folder.store.delete(folder.key("checkpoints/20/sit.safetensors"))
+
+    folder.upload = with_a_rival
+    target = writer(folder, state)
+    target.__enter__()
+    save(target, 10)
+    save(target, 20)
+    with pytest.raises(StoreError, match=r"checkpoints/20: another process has changed it"):
+        target.__exit__(None, None, None)
+    assert committed_checkpoints(folder) == [10]
 
 
 def test_a_snapshot_is_the_state_of_its_step(folder, state):
