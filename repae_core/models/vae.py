@@ -93,13 +93,15 @@ class Upsample(nn.Module):
 class _BiasGradient(torch.autograd.Function):
     """The gradient of a bias that is already in the output.
 
-    That of a transposed convolution takes up to a fourth of its backward pass on a CPU; a sum takes a hundredth.
+    That of a transposed convolution takes up to a fourth of its backward pass on a CPU; a sum takes a hundredth. In
+    place, as a view or a sum outside costs a joint step 0.1 to 0.2 GiB.
     """
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, bias: Tensor) -> Tensor:
         ctx.dtype = bias.dtype
-        return output.view_as(output)
+        ctx.mark_dirty(output)
+        return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
