@@ -93,8 +93,8 @@ class Upsample(nn.Module):
 class _BiasGradient(torch.autograd.Function):
     """The gradient of a bias that is already in the output.
 
-    That of a transposed convolution takes up to a fourth of its backward pass on a CPU; a sum takes a hundredth. In
-    place, as a view or a sum outside costs a joint step 0.1 to 0.2 GiB.
+    That of a transposed convolution takes up to a fourth of its backward pass on a CPU; a sum takes a hundredth. The
+    output is passed on in place: as a view, or with the bias added outside, a joint step takes 0.1 to 0.2 GiB more.
     """
 
     @staticmethod

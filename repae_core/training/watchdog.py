@@ -47,7 +47,7 @@ class StepWatchdog:
         self._thread = threading.Thread(target=self._watch, name="step-watchdog", daemon=True)
 
     def __enter__(self) -> Self:
-        self._last = time.monotonic()
+        self.alive()
         self._thread.start()
         return self
 
