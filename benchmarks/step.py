@@ -6,10 +6,11 @@
     python benchmarks/step.py --only ldm --steps 20
 
 Each case runs in a process of its own, which measures the peaks before and after its steps; figures are medians.
-Cached over computed features is measured in six processes of their own. Weights are random, of the real sizes. For
-scale: the published implementation was measured at 19.0 s a joint step (VAE and its losses 17.4, SiT 1.3, encoder
-0.32, discriminator 0.22, EMA 0.036; 7.8 GB) and 1.70 s a latent-only step on a 2-core machine with peaks of 145-200
-GFLOP/s in fp32 and 360-450 in bf16; compare only on a machine with such peaks.
+The joint step's bf16 over fp32 and the latent-only step's cached over computed features are of steps that take turns,
+in processes of their own (one and six): minutes apart, other load on the machine counts for more. Weights are random,
+of the real sizes. For scale: the published implementation was measured at 19.0 s a joint step (VAE and its losses
+17.4, SiT 1.3, encoder 0.32, discriminator 0.22, EMA 0.036; 7.8 GB) and 1.70 s a latent-only step on a 2-core machine
+with peaks of 145-200 GFLOP/s in fp32 and 360-450 in bf16; compare only on a machine with such peaks.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from engine import Case, PhaseFlops, Stepper, measured_peaks, state_bytes, write
 from repae_core.models.vae import Upsample
 
 PHASES = ("encoder", "vae", "discriminator", "sit", "ema")
-TURNS = 6  # processes that compare cached with computed features: each lays its heap out anew, worth 2 % of the ratio
+TURNS = {"repae": 1, "ldm": 6}  # processes a comparison: each lays its heap out anew, worth 2 % of a latent-only ratio
 SETTLING = 8  # short steps before the first timed one: the heap takes as many to find its shape
 QUICK = {"model": "SiT-S/2", "vae": "{base_channels: 32, norm_groups: 8}", "resolution": 64, "encoder": "dinov2-vit-b"}
 
@@ -108,8 +109,13 @@ def count_flops(stepper: Stepper) -> tuple[dict[str, int], dict[str, int]]:
     return executed.flops, defined.flops
 
 
+def in_turns(case: Case, steps: int) -> float:
+    """In a process of its own: a stage's ratio of two kinds of steps that take turns."""
+    return half_over_single(case, steps) if case.stage == "repae" else cached_over_computed(case, 2 * steps)
+
+
 def cached_over_computed(case: Case, rounds: int) -> float:
-    """In a process of its own: time of steps with cached features over those that compute them; the median round.
+    """Time of steps with cached features over those that compute them; the median round.
 
     They take turns: a machine that is slower for a minute slows both steps of its rounds. The first step of a turn is
     not timed: the encoder's weights have driven SiT's out of the processor's cache.
@@ -117,6 +123,13 @@ def cached_over_computed(case: Case, rounds: int) -> float:
     with _memory(case):
         stepper, _ = settled(case)
         return statistics.median(_turn(stepper, True) / _turn(stepper, False) for _ in range(rounds))
+
+
+def half_over_single(case: Case, rounds: int) -> float:
+    """Time of bf16 steps over those in fp32; the median round."""
+    with _memory(case):
+        single, half = (settled(dataclasses.replace(case, precision=of))[0] for of in ("no", "bf16"))
+        return statistics.median(half.timed_step() / single.timed_step() for _ in range(rounds))
 
 
 def _turn(stepper: Stepper, cached: bool) -> float:
@@ -160,8 +173,8 @@ def show(case: Case, got: dict[str, Any]) -> None:
           flush=True)  # fmt: skip
 
 
-def ratios(got: dict[str, dict[str, Any]], turns: list[float]) -> list[str]:
-    """The comparisons, as lines; turns: what each process of `cached_over_computed` found."""
+def ratios(got: dict[str, dict[str, Any]], turns: dict[str, list[float]]) -> list[str]:
+    """The comparisons, as lines; turns: by stage what each process of `in_turns` found."""
     lines = []
     if plain := got.get("repae"):
         vae, executed = (
@@ -173,8 +186,9 @@ def ratios(got: dict[str, dict[str, Any]], turns: list[float]) -> list[str]:
         half, system, recompute = (got[f"repae {k}"] for k in ("bf16", "system allocator", "recompute"))
         of_peaks = plain["peaks"]["convolution"] / half["peaks"]["convolution"]
         lines += [
-            f"joint step, bf16 / fp32                      {half['step'] / plain['step']:.2f}   "
-            f"(the machine's convolution peaks: {of_peaks:.2f})",
+            f"joint step, bf16 / fp32                      {statistics.median(turns['repae']):.3f}  "
+            f"(steps in turn; of the cases above {half['step'] / plain['step']:.3f}; the machine's convolution peaks: "
+            f"{of_peaks:.2f})",
             f"joint step, kept / system allocator          {plain['step'] / system['step']:.2f}   "
             f"memory {plain['memory'] / system['memory']:.2f}",
             f"joint step, recomputed / kept activations    {recompute['step'] / plain['step']:.2f}   "
@@ -184,9 +198,9 @@ def ratios(got: dict[str, dict[str, Any]], turns: list[float]) -> list[str]:
     if plain := got.get("ldm"):
         cached, half = got["ldm cached features"], got["ldm bf16"]
         half_cached = got["ldm bf16 cached features"]
-        low, *_, high = sorted(turns)
-        lines.append(f"latent-only step, cached / computed features {statistics.median(turns):.2f}   "
-                     f"(steps in turn; {len(turns)} processes: {low:.3f} to {high:.3f})")  # fmt: skip
+        low, *_, high = sorted(turns["ldm"])
+        lines.append(f"latent-only step, cached / computed features {statistics.median(turns['ldm']):.2f}   "
+                     f"(steps in turn; {len(turns['ldm'])} processes: {low:.3f} to {high:.3f})")  # fmt: skip
         lines.append(f"latent-only step, bf16 / fp32                {half['step'] / plain['step']:.2f}")
         lines.append(f"  the same with cached features              {half_cached['step'] / cached['step']:.2f}")
     return lines
@@ -210,7 +224,7 @@ def main() -> None:
     chosen = parser.parse_args()
     if chosen.case:
         case = Case(**json.loads(chosen.case))
-        print(json.dumps(cached_over_computed(case, 2 * chosen.steps) if chosen.turns else measure(case, chosen.steps)))
+        print(json.dumps((in_turns if chosen.turns else measure)(case, chosen.steps)))
         return
     sizes = {
         name: getattr(chosen, name) for name in ("model", "vae", "resolution", "batch", "threads", "device", "compile")
@@ -226,8 +240,14 @@ def main() -> None:
             if chosen.only in (None, case.stage):
                 got[case.name.replace(" compile", "")] = result = in_a_process(case, chosen.steps)
                 show(case, result)
-        computed = dataclasses.replace(base, stage="ldm")
-        turns = [in_a_process(computed, chosen.steps, "--turns") for _ in range(TURNS if "ldm" in got else 0)]
+        turns = {
+            stage: [
+                in_a_process(dataclasses.replace(base, stage=stage), chosen.steps, "--turns")
+                for _ in range(TURNS[stage])
+            ]
+            for stage in TURNS
+            if stage in got
+        }
     print("\n".join(["", *ratios(got, turns)]))
     if "repae" in got:
         print("losses of the first step, fp32 and bf16:")
