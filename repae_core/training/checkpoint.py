@@ -57,6 +57,10 @@ def _discriminator_buffers(state: LDMState) -> list[dict[str, Tensor]]:
     return [_contiguous({name: values[rank] for name, values in gathered.items()}) for rank in range(group.world_size)]
 
 
+class _MismatchError(ValueError):
+    """What a checkpoint has otherwise than this run."""
+
+
 def load_checkpoint(
     folder: Artifact, images_seen: int, state: LDMState, *, fixed: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
@@ -71,42 +75,12 @@ def load_checkpoint(
     """
     files = CommittedFiles(folder, images_seen)
     record: dict[str, Any] = json.loads(files.read("state.json"))
-    if record["world_size"] not in (None, state.group.world_size):
-        raise ValueError(
-            f"{folder.uri}: checkpoint {images_seen} was written by {record['world_size']} worker(s), this run has "
-            f"{state.group.world_size}; set workers={record['world_size']}, or start anew: --force the stage, "
-            "without init_from"
-        )
-    for setting, ours in (fixed or {}).items():
-        theirs = record.get(setting, record.get(_FORMER_NAMES.get(setting, ""), ours))
-        if theirs != ours:
-            raise ValueError(
-                f"{folder.uri}: checkpoint {images_seen} was written with {setting}={theirs}, this run has {ours}; set "
-                f"it to {theirs}, or start anew: --force the stage, without init_from"
-            )
-    for weights, module in named_modules(state).items():
-        if weights == "vae_ema" and not files.has(f"{weights}.safetensors"):
-            raise ValueError(f"{folder.uri}: checkpoint {images_seen} has no moving average of the VAE; set "
-                             "vae_ema_decay=0, or start anew")  # fmt: skip
-        try:
-            module.load_state_dict(load_safetensors(files.read(f"{weights}.safetensors")))
-        except RuntimeError as error:  # torch's lists every tensor
-            why = _other_spec(record, weights, module) or str(error).splitlines()[-1].strip()
-            if weights == "discriminator":
-                why += "; is train_repae.discriminator_filters another?"
-            raise ValueError(
-                f"{folder.uri}: checkpoint {images_seen} is of another architecture ({weights}): {why}"
-            ) from error
-    for network, trained in state.networks().items():
-        blob = io.BytesIO(files.read(f"{network}.optimizer.pt"))
-        saved = torch.load(blob, map_location="cpu", weights_only=True)
-        try:
-            trained.load_optimizer_state(saved["optimizer"])
-        except ValueError as error:
-            hint = "; was compat.trainable_pos_embed another?" if network == "sit" else ""
-            raise ValueError(f"{folder.uri}: checkpoint {images_seen}, {network}: {error}{hint}") from error
-        if saved["scaler"]:
-            trained.scaler.load_state_dict(saved["scaler"])
+    try:
+        _require_same_settings(record, state.group.world_size, fixed or {})
+        _load_weights(files, record, state)
+        _load_optimizers(files, state)
+    except _MismatchError as error:
+        raise ValueError(f"{folder.uri}: checkpoint {images_seen} {error}") from error
     if isinstance(state, JointState):
         if state.lecam is not None and "lecam" in record:
             state.lecam.load_state_dict(record["lecam"])
@@ -117,6 +91,50 @@ def load_checkpoint(
             state.discriminator.module.load_state_dict(buffers, strict=False)
     state.step = record["step"]
     return record
+
+
+def _require_same_settings(record: dict[str, Any], world_size: int, fixed: Mapping[str, Any]) -> None:
+    """_MismatchError says what a checkpoint was written with that this run has otherwise."""
+    if record["world_size"] not in (None, world_size):
+        raise _MismatchError(
+            f"was written by {record['world_size']} worker(s), this run has {world_size}; set "
+            f"workers={record['world_size']}, or start anew: --force the stage, without init_from"
+        )
+    for setting, ours in fixed.items():
+        theirs = record.get(setting, record.get(_FORMER_NAMES.get(setting, ""), ours))
+        if theirs != ours:
+            raise _MismatchError(
+                f"was written with {setting}={theirs}, this run has {ours}; set it to {theirs}, or start anew: --force "
+                "the stage, without init_from"
+            )
+
+
+def _load_weights(files: CommittedFiles, record: dict[str, Any], state: LDMState) -> None:
+    """Networks and moving averages; _MismatchError says what is missing or of another architecture."""
+    for weights, module in named_modules(state).items():
+        if weights == "vae_ema" and not files.has(f"{weights}.safetensors"):
+            raise _MismatchError("has no moving average of the VAE; set vae_ema_decay=0, or start anew")
+        try:
+            module.load_state_dict(load_safetensors(files.read(f"{weights}.safetensors")))
+        except RuntimeError as error:  # torch's lists every tensor
+            why = _other_spec(record, weights, module) or str(error).splitlines()[-1].strip()
+            if weights == "discriminator":
+                why += "; is train_repae.discriminator_filters another?"
+            raise _MismatchError(f"is of another architecture ({weights}): {why}") from error
+
+
+def _load_optimizers(files: CommittedFiles, state: LDMState) -> None:
+    """Moments, steps and scalers; _MismatchError names a network that has another number of parameters."""
+    for network, trained in state.networks().items():
+        blob = io.BytesIO(files.read(f"{network}.optimizer.pt"))
+        saved = torch.load(blob, map_location="cpu", weights_only=True)
+        try:
+            trained.load_optimizer_state(saved["optimizer"])
+        except ValueError as error:
+            hint = "; was compat.trainable_pos_embed another?" if network == "sit" else ""
+            raise _MismatchError(f"does not fit {network}: {error}{hint}") from error
+        if saved["scaler"]:
+            trained.scaler.load_state_dict(saved["scaler"])
 
 
 def _other_spec(record: dict[str, Any], weights: str, module: nn.Module) -> str:
