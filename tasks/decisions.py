@@ -9,6 +9,7 @@ from typing import Any
 from repae_core.artifacts import Artifact, Manifest
 from repae_core.config import section_name
 from tasks.plan import Plan, PlannedStage
+from tasks.stage_inputs import without_init
 
 
 @dataclass(frozen=True)
@@ -86,17 +87,24 @@ def _manifests(planned: PlannedStage) -> list[Manifest]:
 
 
 def _longest_of_fewer_steps(planned: PlannedStage, manifests: Iterable[Manifest]) -> Manifest | None:
-    """The finished run that differs from the planned one only in a smaller `max_steps`."""
+    """The finished run that is as planned but for a smaller `max_steps`; it may continue such another."""
+    if "init" in planned.inputs:
+        return None
+    by_name = {m.fingerprint: m for m in manifests}
 
     def of_any_length(payload: Mapping[str, Any]) -> dict[str, Any]:
-        return {**payload, "config": {k: v for k, v in payload["config"].items() if k != "max_steps"}}
+        return {**without_init(payload), "config": {k: v for k, v in payload["config"].items() if k != "max_steps"}}
 
     def steps(payload: Mapping[str, Any]) -> int:
         return int(payload["config"].get("max_steps", 0))
 
-    same = of_any_length(planned.payload)
-    shorter = [m for m in manifests if of_any_length(m.config) == same and steps(m.config) < steps(planned.payload)]
-    return max(shorter, key=lambda m: steps(m.config), default=None)
+    def shorter(manifest: Manifest | None) -> bool:
+        if manifest is None or of_any_length(manifest.config) != same or steps(manifest.config) >= longest:
+            return False
+        return "init" not in manifest.inputs or shorter(by_name.get(manifest.inputs["init"].fingerprint))
+
+    same, longest = of_any_length(planned.payload), steps(planned.payload)
+    return max(filter(shorter, by_name.values()), key=lambda m: steps(m.config), default=None)
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

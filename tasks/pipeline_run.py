@@ -41,6 +41,11 @@ class PipelineRun:
         """Name of the folder below `runs/`."""
         return self.record.run_id
 
+    @property
+    def asked_by(self) -> str:
+        """Prefect's flow run, the same in all its attempts and after its process is lost; without one this run."""
+        return self.record.prefect_flow_run_id or self.run_id
+
     def needs(self, stage: str) -> bool:
         """Whether the pipeline's result depends on a stage."""
         return stage not in self.plan.not_needed
@@ -143,7 +148,7 @@ def _record_status(run: PipelineRun, status: Literal["failed", "cancelled", "fin
     try:
         save_run(run.store, run.record)
     finally:
-        run.tracker.describe(_description(run.record))
+        run.tracker.describe(_description(run.record), hurried=status == "cancelled")
         if run.record.prefect_flow_run_id:
             publish_run_page(run.store, run.record)
 

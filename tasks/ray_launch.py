@@ -23,7 +23,10 @@ Worker = Callable[[dict[str, Any], Report], dict[str, Any]]  # (payload, report)
 logger = logging.getLogger("repae")
 
 _FINAL = "final_error"  # key of a worker's message that no restart would help
+_LOGGED = "logged_error"  # key of a line for the driver's log
 _POLL_SECONDS = 0.2
+_LOOK_SECONDS = 0.01
+_MAILBOX_SECONDS = 30.0
 _LAST_LOOKS = 3  # into the mailbox when the workers have ended: what it holds then is delivered now or never
 _COLLECTIVE_SECONDS = 300  # gloo and NCCL; longer than a store may be away, shorter than torch's half hour
 
@@ -105,48 +108,62 @@ def _fit(
 
     # Restarted where its machine is lost: `fit` alone decides whether the workers have failed.
     mailbox: Any = cast(Any, ray.remote(num_cpus=0, max_restarts=-1)(_Mailbox)).remote()
-    final: list[FinalError] = []
-    received = ""
-
-    def deliver() -> None:
-        nonlocal received
-        received, messages = ray.get(mailbox.read.remote(received), timeout=30)
-        for message in messages:
-            if _FINAL in message:
-                final.append((FinalInputError if message["bad_input"] else FinalError)(message[_FINAL]))
-                continue
-            try:
-                on_report(message)
-            except Exception as error:
-                raise ReportFailedError(str(error)) from error
-
-    def deliver_if_possible(attempts: int = 1) -> None:
-        """A look that fails is made again later, the last one at once; a lost mailbox ends no training."""
-        for _ in range(attempts):
-            with contextlib.suppress(ray.exceptions.RayError):
-                deliver()
-                return
-            time.sleep(_POLL_SECONDS)
-
+    deliveries = _Deliveries(mailbox, on_report)
     config = {"worker": worker, "payload": payload, "mailbox": mailbox, "folder": os.getcwd()}
     with tempfile.TemporaryDirectory(prefix="repae-ray-", ignore_cleanup_errors=True) as scratch:
         fit = on_this_machine(_run_trainer).remote(config, scratch, workers=workers, cpus=cpus, gpus=gpus)
         try:
             while not ray.wait([fit], timeout=0)[0]:
-                deliver_if_possible()
+                deliveries.look()
                 time.sleep(_POLL_SECONDS)  # not in `ray.wait`, which swallows the exception of a cancel
-            deliver_if_possible(_LAST_LOOKS)
+            deliveries.look(_LAST_LOOKS)
             return cast(dict[str, Any], ray.get(fit))
         except ReportFailedError:
             raise
         except Exception as error:
-            deliver_if_possible(_LAST_LOOKS)  # the cluster may be gone
-            if final:
-                raise final[0] from error
+            deliveries.look(_LAST_LOOKS)  # the cluster may be gone
+            if deliveries.final:
+                raise deliveries.final[0] from error
             raise
         finally:
             with contextlib.suppress(Exception):
                 ray.kill(mailbox)
+
+
+class _Deliveries:
+    """The driver's side of the mailbox: reports go to `on_report`, what a worker says of its end is kept or logged."""
+
+    def __init__(self, mailbox: Any, on_report: Report) -> None:
+        self.final: list[FinalError] = []
+        self._mailbox, self._on_report, self._received = mailbox, on_report, ""
+
+    def look(self, attempts: int = 1) -> None:
+        """A look that fails is made again later, the last one at once; a lost mailbox ends no training."""
+        import ray
+
+        for _ in range(attempts):
+            with contextlib.suppress(ray.exceptions.RayError):
+                self._deliver()
+                return
+            time.sleep(_POLL_SECONDS)
+
+    def _deliver(self) -> None:
+        import ray
+
+        answer, until = self._mailbox.read.remote(self._received), time.monotonic() + _MAILBOX_SECONDS
+        while not ray.wait([answer], timeout=0)[0] and time.monotonic() < until:
+            time.sleep(_LOOK_SECONDS)  # as in `_fit`
+        self._received, messages = ray.get(answer, timeout=0)
+        for message in messages:
+            if _FINAL in message:
+                self.final.append((FinalInputError if message["bad_input"] else FinalError)(message[_FINAL]))
+            elif _LOGGED in message:
+                logger.error(message[_LOGGED])
+            else:
+                try:
+                    self._on_report(message)
+                except Exception as error:
+                    raise ReportFailedError(str(error)) from error
 
 
 def preempted() -> bool:
@@ -197,11 +214,12 @@ def _trainer(loop_config: dict[str, Any], scratch: str, *, workers: int, cpus: i
             resources_per_worker={"CPU": cpus} | ({"GPU": gpus} if gpus else {}),
         ),
         # A fresh name and scratch folder: our checkpoints decide where a run starts, never Ray's storage. Restarts
-        # are `launch`'s: Ray counts failures in total, not since the last checkpoint.
+        # are `launch`'s: Ray counts failures in total, not since the last checkpoint, and those of workers that do
+        # not start (the controller's, without limit by default) not at all.
         run_config=cast(Any, RunConfig)(
             name=f"repae-{uuid.uuid4().hex[:12]}",
             storage_path=scratch,
-            failure_config=FailureConfig(max_failures=0),
+            failure_config=cast(Any, FailureConfig)(max_failures=0, controller_failure_limit=0),
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
@@ -210,16 +228,31 @@ def _trainer(loop_config: dict[str, Any], scratch: str, *, workers: int, cpus: i
 def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
     """Runs in each Ray worker."""
     import ray
+    import ray.train
 
     with contextlib.suppress(OSError):  # on the driver's machine relative paths of a config mean the same
         os.chdir(config["folder"])
     put = config["mailbox"].put.remote
+    errors = _ErrorsToDriver(ray.train.get_context().get_world_rank(), put)
+    for name in ("repae", "repae_core"):
+        logging.getLogger(name).addHandler(errors)
     try:
         result: dict[str, Any] = config["worker"](config["payload"], put)
     except FinalError as error:
         ray.get(put({_FINAL: str(error), "bad_input": isinstance(error, FinalInputError)}), timeout=30)
         raise
     return result
+
+
+class _ErrorsToDriver(logging.Handler):
+    """A worker's errors also in the driver's log: a process that the watchdog ends leaves no file."""
+
+    def __init__(self, rank: int, put: Callable[[dict[str, Any]], Any]) -> None:
+        super().__init__(logging.ERROR)
+        self._rank, self._put = rank, put
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._put({_LOGGED: f"worker {self._rank}: {record.getMessage()}"})
 
 
 def root_cause(error: BaseException) -> str:

@@ -123,7 +123,7 @@ def run_stage(run: PipelineRun, name: str, execute: Execute) -> dict[str, Any]:
         LeaseHeld: another process is making this artifact.
     """
     planned = run.plan.stages[name]
-    decision = decide(planned, forced=name in run.forced)
+    decision = _decision(run, planned)
     if decision.action == "skip":
         return _skip(run, planned)
     require_inputs(planned)
@@ -134,10 +134,14 @@ def run_stage(run: PipelineRun, name: str, execute: Execute) -> dict[str, Any]:
                          started_at=_now())  # fmt: skip
     run.record_stage(name, record)
     try:
-        prepared, showing = _prepared(run, planned, decision), run.showing(name, decision.reason)
-        with _time_limit_told(name), prepared as context, showing:
-            outcome = execute(context)
-            _commit(context, outcome, started)
+        with Lease(planned.artifact.store, planned.artifact.key("lease.json")) as lease:
+            decision = _decision(run, planned)
+            if decision.action == "skip":  # another run has finished it meanwhile
+                return _skip(run, planned)
+            prepared, showing = _prepared(run, planned, decision, lease), run.showing(name, decision.reason)
+            with _time_limit_told(name), prepared as context, showing:
+                outcome = execute(context)
+                _commit(context, outcome, started)
     except BaseException as error:
         message = " ".join(str(error).split())[:500] or type(error).__name__
         seconds = time.monotonic() - started
@@ -167,6 +171,16 @@ def require_inputs(planned: PlannedStage) -> None:
             )
 
 
+def _decision(run: PipelineRun, planned: PlannedStage) -> Decision:
+    """A forced stage is made anew once: what this Prefect flow run has begun it continues, in whatever attempt."""
+    artifact = planned.artifact
+    manifest = artifact.manifest()
+    begun_by = manifest.asked_by if manifest else None
+    if manifest is None and artifact.exists("work.json"):
+        begun_by = artifact.read_json("work.json").get("asked_by")
+    return decide(planned, forced=planned.name in run.forced and begun_by != run.asked_by)
+
+
 def _skip(run: PipelineRun, planned: PlannedStage) -> dict[str, Any]:
     manifest = planned.artifact.manifest()
     assert manifest is not None
@@ -188,35 +202,35 @@ def _skip(run: PipelineRun, planned: PlannedStage) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _prepared(run: PipelineRun, planned: PlannedStage, decision: Decision) -> Iterator[StageContext]:
-    """Lease, a folder that holds nothing of other inputs, an MLflow run, a log file."""
+def _prepared(run: PipelineRun, planned: PlannedStage, decision: Decision, lease: Lease) -> Iterator[StageContext]:
+    """A folder that holds nothing of other inputs, an MLflow run, a log file."""
     artifact = planned.artifact
     inputs = _input_entries(planned)
-    with Lease(artifact.store, artifact.key("lease.json")) as lease:
-        work = artifact.read_json("work.json") if artifact.exists("work.json") else None
-        if work is not None:
-            recorded = {role: InputEntry(**entry) for role, entry in work["inputs"].items()}
-            keep = decision.action == "resume" and not stale_input(planned, recorded)
-        artifact.store.clear_leftovers(artifact.prefix)
-        if work is None or not keep:
-            artifact.discard(keep=("lease.json",))
-            work = None
-        resume_id = work["mlflow_run_id"] if work else None
-        with run.tracker.stage_run(planned.name, artifact, resume_id) as tracking:
-            artifact.write_json(
-                "work.json",
-                {
-                    "inputs": {role: entry.model_dump() for role, entry in inputs.items()},
-                    "mlflow_run_id": tracking.run_id,
-                    "started_at": work["started_at"] if work else _now(),
-                },
-            )
-            tracking.log_config({"seed": run.config.seed} | run.config.section(planned.name).model_dump(mode="json"))
-            tracking.log_inputs({role: a.uri for role, a in planned.inputs.items()}, artifact.uri)
-            with stage_log(artifact, f"driver-{run.run_id}", run_id=run.run_id):
-                logger.info("%s: work begins on %s", planned.name, artifact.uri)
-                yield StageContext(run, planned, lease, tracking)
-                logger.info("%s: work is done", planned.name)
+    work = artifact.read_json("work.json") if artifact.exists("work.json") else None
+    if work is not None:
+        recorded = {role: InputEntry(**entry) for role, entry in work["inputs"].items()}
+        keep = decision.action == "resume" and not stale_input(planned, recorded)
+    artifact.store.clear_leftovers(artifact.prefix)
+    if work is None or not keep:
+        artifact.discard(keep=("lease.json",))
+        work = None
+    resume_id = work["mlflow_run_id"] if work else None
+    with run.tracker.stage_run(planned.name, artifact, resume_id) as tracking:
+        artifact.write_json(
+            "work.json",
+            {
+                "inputs": {role: entry.model_dump() for role, entry in inputs.items()},
+                "mlflow_run_id": tracking.run_id,
+                "started_at": work["started_at"] if work else _now(),
+                "asked_by": run.asked_by,
+            },
+        )
+        tracking.log_config({"seed": run.config.seed} | run.config.section(planned.name).model_dump(mode="json"))
+        tracking.log_inputs({role: a.uri for role, a in planned.inputs.items()}, artifact.uri)
+        with stage_log(artifact, f"driver-{run.run_id}", run_id=run.run_id):
+            logger.info("%s: work begins on %s", planned.name, artifact.uri)
+            yield StageContext(run, planned, lease, tracking)
+            logger.info("%s: work is done", planned.name)
 
 
 def _commit(context: StageContext, outcome: StageOutcome, started: float) -> None:
@@ -230,6 +244,7 @@ def _commit(context: StageContext, outcome: StageOutcome, started: float) -> Non
         known=outcome.known,
         exclude=("lease.json", "work.json"),
         mlflow_run_id=context.tracking.run_id,
+        asked_by=context.run.asked_by,
         versions=versions(),
         workers=outcome.workers,
         started_at=context.artifact.read_json("work.json")["started_at"],

@@ -104,13 +104,14 @@ def _continued(store: Store, payload: Mapping[str, Any]) -> set[str]:
     stage = payload["stage"]
     manifests = {name: m for name in store.folders(stage) if (m := Artifact(store, stage, name).manifest())}
     starts = {name: m.inputs["init"].fingerprint for name, m in manifests.items() if "init" in m.inputs}
-    own = {name for name in starts if _without_init(manifests[name].config) == payload}
+    own = {name for name in starts if without_init(manifests[name].config) == payload}
     while more := {name for name, start in starts.items() if start in own} - own:
         own |= more
     return own
 
 
-def _without_init(payload: Mapping[str, Any]) -> dict[str, Any]:
+def without_init(payload: Mapping[str, Any]) -> dict[str, Any]:
+    """What a fingerprint is made from, leaving out which run a training continues."""
     inputs = {role: name for role, name in payload.get("inputs", {}).items() if role != "init"}
     return {**payload, "inputs": inputs}
 

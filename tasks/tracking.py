@@ -11,9 +11,10 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from repae_core.artifacts import Artifact
 from repae_core.config.environment import repae_home
@@ -33,9 +34,11 @@ _SETTINGS = {
 _LAST_SECONDS = 60.0  # for what is still to be sent when a stage ends
 _FAILED_SECONDS = 10.0  # the same when it failed
 _CANCELLED_SECONDS = 2.0  # a cancelled run must be gone within 15 s
+_NOTE_SECONDS = 1.0  # the same
 
 
 def _tracking_uri() -> str:
+    """As given, credentials and all."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{repae_home() / 'mlflow.db'}"
 
 
@@ -47,6 +50,17 @@ def tracking_uri() -> str:
 def _without_credentials(uri: str) -> str:
     parts = urlsplit(uri)
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
+
+
+def _client_uri() -> str:
+    """For MLflow's client, which repeats it in its errors: a server's user and password go by their own variables."""
+    uri = _tracking_uri()
+    parts = urlsplit(uri)
+    if parts.scheme not in ("http", "https") or parts.username is None:
+        return uri
+    os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username)
+    os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password or "")
+    return _without_credentials(uri)
 
 
 class Tracker:
@@ -62,7 +76,7 @@ class Tracker:
             logging.getLogger(repetitive).setLevel(logging.ERROR)
         self._mlflow = mlflow
         self.metric = mlflow.entities.Metric
-        home, self.uri = repae_home(), _tracking_uri()
+        home, self.uri = repae_home(), _client_uri()
         embedded = self.uri.startswith("sqlite:")
         try:
             # Not `set_tracking_uri`: it is for the whole process, and writes the environment that we read it from.
@@ -107,21 +121,21 @@ class Tracker:
         try:
             with self._closing(resume_id), _emptied(run):
                 yield run
-        finally:
-            if monitor is not None:
-                monitor.finish()
+        except BaseException as error:
+            self._note(monitor.finish, hurried=not isinstance(error, Exception))
+            raise
+        self._note(monitor.finish)
 
     def link_skipped(self, stage: str, mlflow_run_id: str | None, uri: str) -> None:
         """Note on the parent which earlier run made a skipped stage."""
-        if self.parent_id:
-            with self._trouble_is_a_warning():
-                self.client.set_tag(self.parent_id, f"repae.skipped.{stage}", f"{mlflow_run_id or '-'} {uri}")
+        if parent := self.parent_id:
+            made_by = f"{mlflow_run_id or '-'} {uri}"
+            self._note(lambda: self.client.set_tag(parent, f"repae.skipped.{stage}", made_by))
 
-    def describe(self, markdown: str) -> None:
-        """The parent run's description."""
-        if self.parent_id:
-            with self._trouble_is_a_warning():
-                self.client.set_tag(self.parent_id, "mlflow.note.content", markdown)
+    def describe(self, markdown: str, *, hurried: bool = False) -> None:
+        """The parent run's description; hurried: of a cancelled run."""
+        if parent := self.parent_id:
+            self._note(lambda: self.client.set_tag(parent, "mlflow.note.content", markdown), hurried=hurried)
 
     def register_model(self, run_id: str, name: str, files: Mapping[str, bytes], tags: Mapping[str, str]) -> str:
         """Upload a model's files (safetensors, JSON) to the run and register them; returns `models:/name/version`.
@@ -183,16 +197,26 @@ class Tracker:
             status = "FAILED"
             raise
         finally:
-            with self._trouble_is_a_warning():
-                self.client.set_terminated(run_id, status)
+            self._note(lambda: self.client.set_terminated(run_id, status), hurried=status == "KILLED")
 
-    @contextlib.contextmanager
-    def _trouble_is_a_warning(self) -> Iterator[None]:
-        """For notes that no result depends on, and that must not replace the error that is under way."""
-        try:
-            yield
-        except (self._mlflow.exceptions.MlflowException, OSError) as error:
-            logger.warning("%s: %s", self.display_uri, " ".join(str(error).split())[:200])
+    def _note(self, send: Callable[[], Any], *, hurried: bool = False) -> None:
+        """What no result depends on, and must not replace the error that is under way: trouble with it is a warning.
+
+        hurried: left alone after a second, as a cancelled run must be gone soon and MLflow may not answer.
+        """
+
+        def attempt() -> None:
+            try:
+                send()
+            except (self._mlflow.exceptions.MlflowException, OSError) as error:
+                logger.warning("%s: %s", self.display_uri, " ".join(str(error).split())[:200])
+
+        if not hurried:
+            attempt()
+            return
+        sender = threading.Thread(target=attempt, name="mlflow-note", daemon=True)
+        sender.start()
+        sender.join(_NOTE_SECONDS)
 
 
 class StageRun(LiveLog):

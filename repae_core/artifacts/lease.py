@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import psutil
 
-from repae_core.artifacts.store import Store, StoreError
+from repae_core.artifacts.store import Store
 
 logger = logging.getLogger("repae")
 
@@ -102,7 +102,7 @@ class Lease:
                 if _owner(_read(self.store, self.key)) != self.owner:
                     return  # lost: `check` will say so
                 self.store.write_bytes(self.key, self._content())
-            except StoreError as error:
+            except OSError as error:  # StoreError, or what a shared file system says for a moment (EIO, ESTALE)
                 logger.warning("heartbeat failed: %s", error)
 
 

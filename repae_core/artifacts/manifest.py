@@ -33,7 +33,8 @@ class Manifest(Record):
     """Written last: an artifact with a manifest and all its files is whole.
 
     config: what the fingerprint was made from; inputs by role; checkpoints: images seen of those kept;
-    started_at, finished_at: ISO 8601 UTC; seconds: of the attempt that finished.
+    asked_by: the Prefect flow run (else the pipeline run) that made it; started_at, finished_at: ISO 8601 UTC;
+    seconds: of the attempt that finished.
     """
 
     stage: str
@@ -44,6 +45,7 @@ class Manifest(Record):
     files: list[FileEntry]
     checkpoints: list[int] = Field(default_factory=list)
     mlflow_run_id: str | None = None
+    asked_by: str | None = None
     versions: dict[str, str] = Field(default_factory=dict)
     workers: int = 0
     started_at: str

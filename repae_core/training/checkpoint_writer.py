@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
@@ -13,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -80,7 +81,8 @@ class CheckpointWriter:
         if self._thread is not None:
             self._queue.put(None)
             if kind is None or issubclass(kind, Exception):
-                self._wait_for_the_end()
+                with self._timed():
+                    self._wait_for_the_end()
             else:
                 self._error = self._error or error  # from here on nothing is committed: its files may be going
             self._thread.join(_CANCEL_SECONDS)
@@ -94,20 +96,18 @@ class CheckpointWriter:
         Raises:
             StoreError: no room on the local disk, or an earlier upload failed for good.
         """
-        began = time.monotonic()
-        target = self._scratch / str(record["images_seen"])
-        while self._state.group.from_main(not self._has_room()):
-            self._waits()
-        try:
-            write_snapshot(target, self._state, record)
-        except (OSError, SafetensorError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "StreamWriter" not in str(error):  # torch.save on a full disk
-                raise
-            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-            raise StoreError(f"checkpoint scratch {self._scratch}: {reason}") from error
-        if self._thread is not None:
-            self._queue.put(functools.partial(self._commit, record["images_seen"]))
-        self.seconds += time.monotonic() - began
+        with self._timed():
+            while self._state.group.from_main(not self._has_room()):
+                self._waits()
+            try:
+                write_snapshot(self._scratch / str(record["images_seen"]), self._state, record)
+            except (OSError, SafetensorError, RuntimeError) as error:
+                if isinstance(error, RuntimeError) and "StreamWriter" not in str(error):  # torch.save on a full disk
+                    raise
+                reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+                raise StoreError(f"checkpoint scratch {self._scratch}: {reason}") from error
+            if self._thread is not None:
+                self._queue.put(functools.partial(self._commit, record["images_seen"]))
 
     def write(self, files: Mapping[str, bytes], receipt: Any) -> None:
         """Small files, written after what was saved before; `take_receipts` gives `receipt` once they are there.
@@ -128,9 +128,18 @@ class CheckpointWriter:
 
     def flush(self) -> None:
         """Wait until everything saved is committed; every rank calls it."""
-        while self._state.group.from_main(self._is_busy()):
-            self._waits()
+        with self._timed():
+            while self._state.group.from_main(self._is_busy()):
+                self._waits()
         self.check()
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds += time.monotonic() - began
 
     def _has_room(self) -> bool:
         """On the main rank for one more snapshot, after a while at most; the others have."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
@@ -78,6 +79,13 @@ class Group:
         return reduced.bool()
 
 
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """The tensor there; a copy from the host to a GPU does not wait for what that is still at."""
+    if device.type == "cuda" and values.device.type == "cpu":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
+
+
 def open_group(*, use_gpu: bool = False) -> Group:
     """Join the process group described by the environment (Ray Train's or torchrun's), or stand alone.
 
@@ -85,5 +93,7 @@ def open_group(*, use_gpu: bool = False) -> Group:
     (system.md section 3). Buffers are not broadcast: SiT's latent norm reduces its own statistics, the
     discriminator's batch norm is per worker.
     """
+    if not dist.is_initialized():  # else a second training of this process would get the first one's device
+        AcceleratorState._reset_state(reset_partial_state=True)
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     return Group(Accelerator(cpu=not use_gpu, kwargs_handlers=[ddp]))

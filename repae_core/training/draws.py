@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from repae_core.diffusion import Interpolant, item_generators, rand, randn
+from repae_core.training.distributed import to_device
 
 
 @dataclass(frozen=True)
@@ -71,4 +72,4 @@ def draw(
     t = interpolant.sample_time(len(generators), weighting, generators) if t is None else t
     noise = randn(latent_shape, generators) if noise is None else noise
     label_drop = rand((), generators) < drop_prob if label_drop is None else label_drop
-    return Draws(posterior_noise.to(device), t.to(device), noise.to(device), label_drop.to(device))
+    return Draws(*(to_device(drawn, device) for drawn in (posterior_noise, t, noise, label_drop)))

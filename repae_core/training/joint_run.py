@@ -17,7 +17,7 @@ from repae_core.data import DataOrder, ImageShards, batch_indices
 from repae_core.interop import read_latent_stats
 from repae_core.training.ablation_steps import frozen_vae_step, naive_end_to_end_step
 from repae_core.training.assembly import Encoders, joint_objective, new_joint_state
-from repae_core.training.distributed import Group
+from repae_core.training.distributed import Group, to_device
 from repae_core.training.draws import Draws
 from repae_core.training.latent_stats import measure_latents
 from repae_core.training.previews import draw_previews
@@ -54,7 +54,7 @@ class JointRun(TrainingRun):
 
     def batch(self, item: tuple[Tensor, Tensor], draws: Draws, step: int) -> Batch:
         """Images, labels, and (past the warm-up) the encoders' features."""
-        pixels, labels = (part.to(self.group.device) for part in item)
+        pixels, labels = (to_device(part, self.group.device) for part in item)
         with self.state.timer("encoder"):
             features = self.encoders(pixels) if step >= self.joint.vae_warmup_steps else []
         return Batch(labels, features, images=pixels)

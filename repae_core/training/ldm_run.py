@@ -16,7 +16,7 @@ from repae_core.data import DataOrder, ImageShards, LatentShards
 from repae_core.encoders import spatial_normalize
 from repae_core.models import KLVAE
 from repae_core.training.assembly import Encoders, flow_objective, new_ldm_state, new_sit
-from repae_core.training.distributed import Group
+from repae_core.training.distributed import Group, to_device
 from repae_core.training.draws import Draws
 from repae_core.training.ldm_step import ldm_step
 from repae_core.training.previews import draw_previews
@@ -70,16 +70,16 @@ class LDMRun(TrainingRun):
     def batch(self, item: LatentItem, draws: Draws, step: int) -> Batch:
         """z sampled anew from the cached mean and std, labels, features (cached, or of the images)."""
         device = self.group.device
-        z = item.mean.to(device) + item.std.to(device) * draws.posterior_noise
+        z = to_device(item.mean, device) + to_device(item.std, device) * draws.posterior_noise
         if self.encoders is None:
-            features = [f.to(device) for f in item.features]
+            features = [to_device(f, device) for f in item.features]
             if self.section.spatial_norm is not None:  # the cache holds features as the encoder gives them
                 features = [spatial_normalize(f.float(), self.section.spatial_norm) for f in features]
         else:
             assert item.images is not None
             with self.state.timer("encoder"):
-                features = self.encoders(item.images.to(device))
-        return Batch(item.labels.to(device), features, latents=z)
+                features = self.encoders(to_device(item.images, device))
+        return Batch(to_device(item.labels, device), features, latents=z)
 
     def step(self, index: int, item: tuple[Batch, Draws]) -> Metrics:
         """One latent-only step."""

@@ -30,6 +30,7 @@ def draw_previews(
     """PNG files by the name of the picture.
 
     real: uint8 [N,3,H,W] to reconstruct (from the posterior mean); sit: None leaves the samples out;
+    guidance: 1 where SiT was trained without label dropout, and so has no null class to be guided away from;
     progress: called after each step of the sampler with (steps done, all).
     """
     pictures = {}
@@ -39,7 +40,8 @@ def draw_previews(
         pictures["reconstructions"] = _png(strip)
     if sit is not None:
         labels = torch.arange(num_samples) % sit.num_classes
-        settings = SamplerSettings(steps=PREVIEW_STEPS, guidance=guidance, path=path)
+        scale = guidance if sit.spec["class_dropout_prob"] else 1.0
+        settings = SamplerSettings(steps=PREVIEW_STEPS, guidance=scale, path=path)
         samples = Generator(sit, vae, settings).sample(labels.sort().values, seed=0, progress=progress)
         pictures["samples"] = _png(image_grid(samples, columns=8))
     return pictures

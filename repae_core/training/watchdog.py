@@ -19,12 +19,14 @@ logger = logging.getLogger("repae_core")
 MINIMUM_SECONDS = 120.0
 FIRST_STEP_SECONDS = 600.0
 MEDIANS = 10.0
+_LAST_WORDS_SECONDS = 1.0
 _EXIT_CODE = 70  # EX_SOFTWARE
 
 
 def end_process() -> None:
     """Every thread's stack on stderr, then exit without waiting for the thread that hangs."""
     faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr)
+    time.sleep(_LAST_WORDS_SECONDS)  # what was logged last may still be on its way to another process
     os._exit(_EXIT_CODE)
 
 

@@ -82,6 +82,7 @@ def test_a_worker_that_hangs_is_replaced(started, source, undisturbed, tmp_path)
     driver.workers()[0].send_signal(signal.SIGSTOP)
     assert driver.process.wait(timeout=400) == 0, driver.log.read_text()[-3000:]
     assert "starting again" in driver.log.read_text()
+    assert "no step has ended for 15 s: this worker hangs and is ended" in driver.log.read_text()
     assert final_files(artifact(source, store)) == undisturbed
 
 

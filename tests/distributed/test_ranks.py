@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from distributed.ranks import run_ranks
 
 from repae_core.artifacts import Artifact, Store
 from repae_core.artifacts.checkpoints import committed_checkpoints
+from repae_core.training.distributed import open_group
 
 SCRIPT = """
 import json, sys
@@ -132,3 +135,10 @@ def test_a_compiler_that_fails_on_one_rank_is_used_on_none(tmp_path):
     run_ranks(COMPILING, 2, str(tmp_path))
     seen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert seen == [dict.fromkeys(("sit", "vae", "discriminator"), False)] * 2
+
+
+def test_a_group_alone_is_its_own():
+    """accelerate keeps the first settings for a whole process: a second training here would get the first's device."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    Accelerator(cpu=True, mixed_precision="bf16")
+    assert open_group().accelerator.mixed_precision == "no"

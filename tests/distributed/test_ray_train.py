@@ -114,6 +114,21 @@ def test_launch_reports_results_and_the_cause_of_failures():
     assert {message["rank"] for message in seen[1:3]} == {"0", "1"}
 
 
+def test_workers_that_do_not_start_are_failures(monkeypatch):
+    """Ray itself would start them again for ever, without a word."""
+
+    def worker(payload, report):
+        return {}
+
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "0.001")
+    session = RaySession()
+    try:
+        with pytest.raises(WorkersFailedError, match=r"timed out|timeout"):
+            launch(worker, {}, session=session, workers=1, cpus_per_worker=1, on_report=lambda message: None)
+    finally:
+        session.close()
+
+
 def test_failures_count_until_there_is_a_new_checkpoint(tmp_path):
     """The second failure without progress is the last of max_failures=2. A FinalError is final."""
     starts = tmp_path / "starts"

@@ -18,7 +18,7 @@ from repae_core.artifacts import Artifact, Store
 from repae_core.artifacts.checkpoints import committed_checkpoints
 from tasks.plan import make_plan
 
-TOTAL, BATCH, EVERY = 240, 8, 7
+TOTAL, BATCH, EVERY = 160, 8, 7
 KILLS = ["worker"] * 4 + ["group"] * 3 + ["driver"] * 3
 OUTAGES = ["hangs"] * 3 + ["refuses"] * 3 + [""] * 4
 SETTINGS = (
@@ -113,7 +113,7 @@ def test_ten_kills_of_one_run(disturbed, tmp_path, monkeypatch):
         delay, seconds = rng.uniform(0, 4), rng.uniform(2, 8)
         away = threading.Timer(delay, outage, (server, kind, seconds))
         away.start()
-        step = await_moment(driver, victim, 20 * number + rng.randint(1, 20), rng)
+        step = await_moment(driver, victim, 14 * number + rng.randint(1, 14), rng)
         print(f"{time.monotonic() - began:5.0f} s, step {step}: {victim} killed; store {kind or 'stays'}", flush=True)
         assert not (made := artifact(source, driver.arguments[2])).is_whole(), "ended before the tenth kill"
         kill(driver, victim, rng)

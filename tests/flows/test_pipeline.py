@@ -12,6 +12,7 @@ import tiny
 import torch
 from PIL import Image
 
+import tasks.stage
 from repae_core import load_model
 from repae_core.artifact_models import UNTUNED_VAE
 from repae_core.artifacts import Artifact, Lease, LeaseHeld, StageRecord, Store, list_runs
@@ -185,6 +186,50 @@ def test_force_runs_a_stage_and_what_follows(finished):
     assert tiny.contents(finished.artifact("generate")) == before
 
 
+def test_a_forced_stage_is_made_anew_once(finished, monkeypatch):
+    """A retry, or the process that takes over from a lost one, continues what the same flow run has begun."""
+    from repae_core.stages import generate as stage
+    from tasks.evaluate import evaluate
+    from tasks.generate import generate
+
+    def attempt(flow_run):
+        with open_run(finished.config, kind="test", force=["generate"], prefect_flow_run_id=flow_run) as run:
+            generate.fn(run)
+        return run.record.stages["generate"]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "class_grid", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            attempt("one")
+    shard = finished.artifact("generate").uri + "/shards/00000.npz"
+    written = Path(shard).stat().st_mtime_ns
+    assert attempt("one").status == "made"
+    assert Path(shard).stat().st_mtime_ns == written
+    assert attempt("one").status == "skipped"
+    assert attempt("two").status == "made"
+    assert Path(shard).stat().st_mtime_ns > written
+    with open_run(finished.config, kind="test", force=["generate"], prefect_flow_run_id="two") as run:
+        generate.fn(run)
+        evaluate.fn(run)  # forced with it, and not begun before
+    assert states(run.record) == {"generate": "skipped", "evaluate": "made"}
+
+
+def test_a_stage_that_another_run_finishes_meanwhile_is_skipped(finished, monkeypatch):
+    """Decided before the lease was free, it would delete what the other one has made."""
+    artifact = finished.artifact("generate")
+    manifest, files = artifact.read_bytes("manifest.json"), artifact.files()
+    artifact.delete("manifest.json")
+
+    def other_run(planned):
+        if planned.name == "generate":
+            artifact.write_bytes("manifest.json", manifest)
+
+    monkeypatch.setattr(tasks.stage, "require_inputs", other_run)
+    record = finished.run()
+    assert made(record) == []
+    assert artifact.files() == files
+
+
 def test_a_remade_input_makes_followers_stale(finished):
     with open_run(finished.config, kind="generate", force=["generate"]) as run:
         from tasks.generate import generate
@@ -334,6 +379,9 @@ def test_a_finished_run_continues_for_longer(finished):
     other = finished.configure(*longer, "train_ldm.learning_rate=0.5")
     assert "init_from" not in decide_all(make_plan(other, finished.store), set())["train-ldm"].reason
     continued = finished.run(*longer, offer).stages["train-ldm"]
+    longest = finished.configure(*longer, "train_ldm.max_steps=8")
+    reason = decide_all(make_plan(longest, finished.store), set())["train-ldm"].reason
+    assert f"train_ldm.init_from={continued.fingerprint} to continue its 6 steps" in reason
     at_once = finished.run(*longer).stages["train-ldm"]
     assert continued.fingerprint != at_once.fingerprint
     one, other = (Artifact(finished.store, "train-ldm", stage.fingerprint) for stage in (continued, at_once))

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import subprocess
@@ -72,6 +73,26 @@ def test_lost_lease_stops_commits_and_is_left_alone(store):
 
 def test_heartbeat(store, monkeypatch):
     monkeypatch.setattr(lease_module, "HEARTBEAT_SECONDS", 0.05)
+    with Lease(store, KEY):
+        first = store.read_json(KEY)["heartbeat"]
+        deadline = time.monotonic() + 5
+        while store.read_json(KEY)["heartbeat"] == first:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
+def test_the_heartbeat_outlives_a_moment_of_trouble(store, monkeypatch):
+    """A shared file system says EIO or ESTALE, which the store does not repeat; the lease must not expire for it."""
+    monkeypatch.setattr(lease_module, "HEARTBEAT_SECONDS", 0.05)
+    real, beats = Store.write_bytes, []
+
+    def stale(self, key, content):
+        beats.append(key)
+        if len(beats) == 1:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        real(self, key, content)
+
+    monkeypatch.setattr(Store, "write_bytes", stale)
     with Lease(store, KEY):
         first = store.read_json(KEY)["heartbeat"]
         deadline = time.monotonic() + 5

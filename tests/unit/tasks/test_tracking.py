@@ -1,4 +1,5 @@
 import os
+import threading
 
 import pytest
 
@@ -64,6 +65,32 @@ def test_credentials_are_not_shown(monkeypatch, home):
     assert tracker.display_uri == "https://mlflow.example:5000/path"
     tracker.uri = "sqlite:////a/b.db"
     assert tracker.display_uri == "sqlite:////a/b.db"
+
+
+def test_credentials_reach_no_message(monkeypatch, home):
+    """MLflow repeats the address it was given in its errors, which go into logs, records and Prefect."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:s%40cret@127.0.0.1:1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.setenv(name, "of the environment")
+    with pytest.raises(ConnectionError, match="127") as caught:
+        Tracker("test")
+    assert "cret" not in str(caught.value)
+    assert (os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"]) == ("user", "s@cret")
+
+
+def test_a_cancel_does_not_wait_for_mlflow(home, artifact, monkeypatch):
+    tracker, never = Tracker("test"), threading.Event()
+    for name in ("set_terminated", "set_tag"):
+        monkeypatch.setattr(tracker.client, name, lambda *_: never.wait())
+    with (
+        pytest.raises(KeyboardInterrupt),
+        tracker.pipeline_run("first", {}),
+        tracker.stage_run("train-ldm", artifact, None),
+    ):
+        raise KeyboardInterrupt
+    tracker.describe("cancelled", hurried=True)
+    never.set()
 
 
 def test_an_unreachable_server_is_one_line(monkeypatch, home):

@@ -285,6 +285,24 @@ def test_scratch_of_killed_processes_is_removed(tmp_path):
     assert left.exists()
 
 
+@pytest.mark.parametrize("wait", ["flush", "end"])
+def test_waits_for_the_store_count_as_lost_to_checkpoints(folder, state, wait):
+    upload, gate = folder.upload, threading.Event()
+
+    def slow(name, path):
+        gate.wait(0.5)
+        upload(name, path)
+
+    folder.upload = slow
+    with writer(folder, state) as target:
+        save(target, 10)
+        before = target.seconds
+        if wait == "flush":
+            target.flush()
+            assert target.seconds > before + 0.5
+    assert target.seconds > before + 0.5
+
+
 def test_pictures_wait_for_the_store_in_the_background(folder, state):
     """`write` returns while the store is away; a picture is there before a later checkpoint counts."""
     gate, seen = threading.Event(), []

@@ -291,7 +291,7 @@ def test_other_optimizers_and_discriminators_are_one_line(config, images, tmp_pa
         ("wider", {"train_repae": wider},
          r"\(discriminator\): size mismatch.*; is train_repae.discriminator_filters another\?$"),
         ("learned", {"train_repae": longer, "compat": learned},
-         r"short: checkpoint 48 does not fit sit: the optimizer's state is of \d+ parameters.*compat.trainable_pos_embed"),
+         r"short: checkpoint 48 does not fit sit: the optimizer's state is of \d+ parameters.*trainable_pos_embed"),
         ("empty", {"train_repae": longer}, "init_from: .*/nothing has no whole checkpoint"),
     ):  # fmt: skip
         run = start(config.model_copy(update=update), images, Artifact(Store(str(tmp_path)), "train-repae", name))
@@ -311,6 +311,15 @@ def test_pictures_do_not_count_as_a_step_that_hangs(config, images, tmp_path, mo
                   Artifact(Store(str(tmp_path)), "train-repae", "plain"))  # fmt: skip
     train(plain)
     assert not any(name.startswith("previews/") for name in plain.folder.files())
+
+
+def test_pictures_without_a_null_class_are_unguided(config, images, tmp_path):
+    """SiT without label dropout has no row for it; `generate`, which would need one, may be of another model."""
+    section = config.train_repae.model_copy(update={"class_dropout_prob": 0.0, "preview_every": 1000})
+    assert config.generate.guidance != 1.0
+    run = start(config.model_copy(update={"train_repae": section}), images, folder(tmp_path))
+    train(run)
+    assert any(name.endswith("samples.png") for name in run.folder.files())
 
 
 def test_pictures_are_of_the_vaes_average_where_there_is_one(config, images, tmp_path, monkeypatch):
