@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any, cast
 
-from tasks.ray_session import RaySession, on_this_machine
+from tasks.ray_session import RaySession, answer_of, on_this_machine
 
 Report = Callable[[dict[str, Any]], None]
 Worker = Callable[[dict[str, Any], Report], dict[str, Any]]  # (payload, report) -> result of rank 0
@@ -25,7 +25,6 @@ logger = logging.getLogger("repae")
 _FINAL = "final_error"  # key of a worker's message that no restart would help
 _LOGGED = "logged_error"  # key of a line for the driver's log
 _POLL_SECONDS = 0.2
-_LOOK_SECONDS = 0.01
 _MAILBOX_SECONDS = 30.0
 _LAST_LOOKS = 3  # into the mailbox when the workers have ended: what it holds then is delivered now or never
 _COLLECTIVE_SECONDS = 300  # gloo and NCCL; longer than a store may be away, shorter than torch's half hour
@@ -148,12 +147,7 @@ class _Deliveries:
             time.sleep(_POLL_SECONDS)
 
     def _deliver(self) -> None:
-        import ray
-
-        answer, until = self._mailbox.read.remote(self._received), time.monotonic() + _MAILBOX_SECONDS
-        while not ray.wait([answer], timeout=0)[0] and time.monotonic() < until:
-            time.sleep(_LOOK_SECONDS)  # as in `_fit`
-        self._received, messages = ray.get(answer, timeout=0)
+        self._received, messages = answer_of(self._mailbox.read.remote(self._received), _MAILBOX_SECONDS)
         for message in messages:
             if _FINAL in message:
                 self.final.append((FinalInputError if message["bad_input"] else FinalError)(message[_FINAL]))

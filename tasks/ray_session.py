@@ -12,7 +12,8 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,6 +38,9 @@ logger = logging.getLogger("repae")
 _PROBE_SECONDS = 10.0
 _ANSWER_SECONDS = 30.0  # a busy machine takes seconds to start the process that answers
 _HEAD_SECONDS = 120.0  # a restarted Ray head is waited for
+_CANCEL_SECONDS = 2.0  # for a start that is under way; a cancelled run must be gone within 15 s
+_INTERRUPT_SECONDS = 30.0  # the same in a process that stays: Ray ends one whose services are gone, a minute later
+_LOOK_SECONDS = 0.01
 _EXIT_SECONDS = 5.0  # for processes whose cluster has ended
 _KEPT_SECONDS = 7 * 86400.0  # that logs of private clusters are kept
 
@@ -47,6 +51,7 @@ class RaySession:
     def __init__(self) -> None:
         self.address: str | None = None
         self._cpus = 0.0  # of the private cluster; a given one's are its own affair
+        self._closed = threading.Event()
 
     def connect(self, cpus: int = 0) -> None:
         """Open the session if it is not open yet; `cpus`: what the workers will ask for.
@@ -67,17 +72,16 @@ class RaySession:
         else:
             # Else Ray takes the machine's address for 127.0.0.1, and then listens on every interface.
             os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        import ray
-
-        with _signal_handlers_kept():
-            context: Any = ray.init(
-                address=given,
-                include_dashboard=None if given else False,
-                logging_level=logging.ERROR,
-                log_to_driver=False,
-                namespace="repae",
-                **({} if given else _private_cluster(cpus)),
-            )
+        self._closed = threading.Event()
+        context = _init_ray(
+            self._closed,
+            address=given,
+            include_dashboard=None if given else False,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            namespace="repae",
+            **({} if given else _private_cluster(cpus)),
+        )
         self.address = context.address_info["address"]
         self._cpus = math.inf if given else _private_cpus(cpus)
 
@@ -118,7 +122,7 @@ class RaySession:
         import ray
 
         try:
-            ray.get(cast(Any, ray.remote(num_cpus=0)(_answer)).remote(), timeout=_ANSWER_SECONDS)
+            answer_of(cast(Any, ray.remote(num_cpus=0)(_answer)).remote(), _ANSWER_SECONDS)
         except Exception:
             logger.warning("the Ray cluster does not answer; connecting anew")
             self.close()
@@ -129,24 +133,80 @@ class RaySession:
         if self.address is not None:
             import ray
 
-            workers = [] if os.environ.get("RAY_ADDRESS") else _workers_of_this_process()
+            started = [] if os.environ.get("RAY_ADDRESS") else _ray_processes()
             with _signal_handlers_kept():
                 ray.shutdown()
             self.address = None
-            # Seen once: a worker that had shut down hung in its process's exit, and kept 800 MB.
-            for worker in psutil.wait_procs(workers, timeout=_EXIT_SECONDS)[1]:
-                with contextlib.suppress(psutil.Error):
-                    worker.kill()
+            self._closed.set()
+            # Seen: a worker that had shut down hung in its process's exit and kept 800 MB; an agent stayed for 15 s.
+            _kill(psutil.wait_procs(started, timeout=_EXIT_SECONDS)[1])
 
 
-def _workers_of_this_process() -> list[psutil.Process]:
-    """Processes of its private cluster that run tasks and actors."""
-    workers = []
+def _init_ray(closed: threading.Event, **settings: Any) -> Any:
+    """`ray.init`; a cancel meanwhile lets it come to its end, for a while, and then ends what it has started.
+
+    In a thread: in the main one it waits in C++, where no signal is heard, and makes an exit of SIGTERM. The thread
+    stays until `closed`, as the system ends Ray's services with the thread that has started them.
+    """
+    import ray
+
+    if "://" in (settings["address"] or ""):  # a client's connection belongs to the thread that makes it
+        with _signal_handlers_kept():
+            return ray.init(**settings)
+    logging.getLogger("ray").setLevel(logging.ERROR)  # it would say that it leaves SIGTERM alone
+    opened: Future[Any] = Future()
+
+    def work() -> None:
+        try:
+            opened.set_result(ray.init(**settings))
+            closed.wait()
+        except BaseException as error:
+            opened.set_exception(error)
+
+    threading.Thread(target=work, name="ray-init", daemon=True).start()
+    try:
+        while not opened.done():
+            time.sleep(0.02)
+    except BaseException as error:
+        if wait([opened], _INTERRUPT_SECONDS if isinstance(error, KeyboardInterrupt) else _CANCEL_SECONDS).done:
+            ray.shutdown()
+            closed.set()
+        elif not settings["address"]:
+            for _ in range(10):  # the thread may just be starting the next one
+                _kill(_ray_processes())
+                time.sleep(0.1)
+        raise
+    return opened.result()
+
+
+def _ray_processes() -> list[psutil.Process]:
+    """This process's private cluster: its services, tasks and actors."""
+    found = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            if " ".join(process.cmdline()).startswith("ray::"):
-                workers.append(process)
-    return workers
+            if (line := " ".join(process.cmdline())).startswith("ray::") or f"{os.sep}ray{os.sep}" in line:
+                found.append(process)
+    return found
+
+
+def _kill(processes: Iterable[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+
+
+def answer_of(reference: Any, seconds: float) -> Any:
+    """`ray.get`, in which a cancel is heard: while Ray itself waits it swallows the exception.
+
+    Raises:
+        GetTimeoutError: no answer within so many seconds.
+    """
+    import ray
+
+    until = time.monotonic() + seconds
+    while not ray.wait([reference], timeout=0)[0] and time.monotonic() < until:
+        time.sleep(_LOOK_SECONDS)
+    return ray.get(reference, timeout=0)
 
 
 def on_this_machine(function: Callable[..., Any]) -> Any:

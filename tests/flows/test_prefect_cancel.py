@@ -62,17 +62,28 @@ def test_a_cancelled_training_leaves_nothing_and_goes_on(served, tmp_path):
     def artifact() -> Artifact:
         return Artifact(store, "train-repae", store.folders("train-repae")[0])
 
+    def started(process: str) -> bool:
+        return any(process in str(each.cmdline()) for each in of_the_run())
+
+    def cancel(flow_run: str) -> None:
+        """And see that nothing is left of it."""
+        command = [sys.executable, "-m", "prefect", "flow-run", "cancel", flow_run]
+        subprocess.run(command, env=served.environment, check=True, timeout=100)
+        asked = time.monotonic()
+        while (left := of_the_run()) and time.monotonic() < asked + SECONDS:
+            time.sleep(0.1)
+        print(f"nothing left {time.monotonic() - asked:.1f} s after the command")
+        assert [process.cmdline() for process in left] == []
+        wait_for(lambda: state(served, flow_run) == "CANCELLED", 30)
+
+    for early in ("gcs_server", "ray::TrainController"):
+        run = start(served, images)
+        wait_for(lambda early=early: started(early), 200)
+        cancel(run)
     first = start(served, images)
     wait_for(lambda: store.folders("train-repae") and committed_checkpoints(artifact()), 400)
-    assert any("ray::RayTrainWorker" in str(process.cmdline()) for process in of_the_run())
-    cancel = [sys.executable, "-m", "prefect", "flow-run", "cancel", first]
-    subprocess.run(cancel, env=served.environment, check=True, timeout=100)
-    asked = time.monotonic()
-    while (left := of_the_run()) and time.monotonic() < asked + SECONDS:
-        time.sleep(0.1)
-    print(f"nothing left {time.monotonic() - asked:.1f} s after the command")
-    assert [process.cmdline() for process in left] == []
-    wait_for(lambda: state(served, first) == "CANCELLED", 30)
+    assert started("ray::RayTrainWorker")
+    cancel(first)
     reached = committed_checkpoints(artifact())[-1]
     assert reached < STEPS * BATCH
 
