@@ -20,15 +20,17 @@ from repae_core.models import build_discriminator, build_sit, build_vae
 from repae_core.training.throughput import stand_in
 
 GPUS = (8, 64, 512)
+PHASES = (("encoder",), ("VAE", "perceptual (VGG16)", "alignment through SiT"), ("discriminator",), ("SiT",))
 
 
 @dataclass(frozen=True)
 class Part:
-    """Operations of one image in one step, and the trained weights."""
+    """Operations of one image in one step, and the trained weights; half: of SiT's and the encoder's type."""
 
     name: str
     flops: float
     weights: int
+    half: bool = False
 
 
 def flops_of(module: torch.nn.Module, *inputs: torch.Tensor | bool) -> int:
@@ -58,10 +60,28 @@ def parts() -> list[Part]:
         Part("VAE", 3 * of_vae, count["vae"]),
         Part("perceptual (VGG16)", 3 * of_vgg, 0),  # both images forward, one backward to its input
         Part("discriminator", (2 + 3 * 2) * of_critic, count["critic"]),  # for the VAE; on real and reconstruction
-        Part("alignment through SiT", 2 * shallow, 0),
-        Part("SiT", 3 * whole, count["sit"]),
-        Part("encoder", of_dino, 0),
+        Part("alignment through SiT", 2 * shallow, 0, half=True),
+        Part("SiT", 3 * whole, count["sit"], half=True),
+        Part("encoder", of_dino, 0, half=True),
     ]
+
+
+def step_seconds(counted: list[Part], gpus: int, options: argparse.Namespace) -> tuple[float, float, float]:
+    """Of a step on so many GPUs: computing, all-reduces, and both where each hides behind its own backward pass.
+
+    The gradients of a network are there only in its own phase, of which the backward pass is two thirds.
+    """
+    images = math.ceil(options.batch / gpus)  # below an image a GPU, the rest stands idle
+    bandwidth = (options.inside if gpus <= 8 else options.network) * 1e9
+    computing = reducing = step = 0.0
+    for phase in PHASES:
+        own = [part for part in counted if part.name in phase]
+        peaks = {True: options.half_peak, False: options.fp32_peak}
+        compute = images * sum(p.flops / peaks[p.half] for p in own) / options.share / 1e12
+        reduce = 2 * (gpus - 1) / gpus * 4 * sum(p.weights for p in own) / bandwidth
+        computing, reducing = computing + compute, reducing + reduce
+        step += max(compute, compute / 3 + reduce)
+    return computing, reducing, step
 
 
 def main() -> None:
@@ -95,19 +115,15 @@ def main() -> None:
     eight = 0.0
     for gpus in GPUS:
         each = options.batch / gpus
-        half = sum(p.flops for p in counted if p.name in ("SiT", "alignment through SiT", "encoder"))
-        full = sum(p.flops for p in counted) - half
-        one = (full / options.fp32_peak + half / options.half_peak) / options.share / 1e12
-        compute = math.ceil(each) * one  # below an image a GPU, the rest stands idle
-        traffic = 2 * (gpus - 1) / gpus * 4 * weights / 1e9
-        reduce = traffic / (options.inside if gpus <= 8 else options.network)
-        step = max(compute, compute / 3 + reduce)  # hidden behind the backward pass, two thirds of the step
+        compute, reduce, step = step_seconds(counted, gpus, options)
         eight = eight or step * 8
         mtbf = options.gpu_hours / gpus
         lost = (options.checkpoint_every / 2 * step + options.restart) / (mtbf * 3600)
         print(f"{gpus:5} {each:7.1f} {compute:7.2f}s {reduce:9.2f}s {step:6.2f}s {eight / step / gpus:8.0%} "
               f"{options.batch * options.image_kb / step / 1e3:6.0f}MB/s {checkpoint / options.disk:5.0f}s "
               f"{checkpoint / options.store:6.0f}s {mtbf:12.0f} h {lost:6.2%}")  # fmt: skip
+        interval = math.sqrt(2 * checkpoint / options.disk * mtbf * 3600)
+        print(f"{'':5} 400,000 steps: {400_000 * step / 3600:.0f} h; Young's interval {interval / 60:.0f} min")
 
 
 if __name__ == "__main__":

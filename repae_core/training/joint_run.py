@@ -12,6 +12,7 @@ from torch import Tensor
 
 from repae_core.artifact_models import UNTUNED_VAE
 from repae_core.artifacts import Artifact
+from repae_core.artifacts.checkpoints import committed_checkpoints
 from repae_core.config import PipelineConfig
 from repae_core.data import DataOrder, ImageShards, batch_indices
 from repae_core.interop import read_latent_stats
@@ -41,6 +42,8 @@ class JointRun(TrainingRun):
         self._flops: dict[Step, float] = {}
         self.images, self.read = images, functools.partial(read_images, images)
         self.order = DataOrder(len(images), config.seed, images.shard_starts, self.joint.shuffle_shards)
+        if self.joint.latent_stats and not committed_checkpoints(folder):  # needed when the warm-up is over: too late
+            self.given_latent_stats(self.joint.latent_stats)
         self.encoders = Encoders(self.joint, grid=config.token_grid("train_repae"), device=group.device)
         self.objective = self.joint_objective = joint_objective(self.joint, config.compat, group.device)
         self.state = new_joint_state(
@@ -73,10 +76,22 @@ class JointRun(TrainingRun):
         step = STEPS[self.joint.vae_training]
         return step(self.state, batch, self.joint_objective, draws, rate_factor=self.rate_factor(index - warmup))
 
+    def given_latent_stats(self, path: str) -> tuple[Tensor, Tensor]:
+        """(scale, bias) [C]; ValueError naming the field: unreadable, or of other latents."""
+        try:
+            scale, bias = read_latent_stats(path)
+        except ValueError as error:
+            raise ValueError(f"train_repae.latent_stats: {error}") from error
+        if len(scale) != (channels := self.joint.vae.latent_channels):
+            raise ValueError(
+                f"train_repae.latent_stats: {path} is of latents of {len(scale)} channels, train_repae.vae makes {channels}"
+            )
+        return scale, bias
+
     def start_latent_norm(self) -> None:
         """Given statistics, else measured ones of the VAE's latents, become the latent norm's first running ones."""
         if self.joint.latent_stats:
-            scale, bias = read_latent_stats(self.joint.latent_stats)
+            scale, bias = self.given_latent_stats(self.joint.latent_stats)
         else:
             count = min(self.joint.latent_stats_images, len(self.images))
             chosen = batch_indices(len(self.images), seed=self.config.seed, images_seen=0, batch_size=count)
