@@ -84,7 +84,7 @@ class JointRun(TrainingRun):
             raise ValueError(f"train_repae.latent_stats: {error}") from error
         if len(scale) != (channels := self.joint.vae.latent_channels):
             raise ValueError(
-                f"train_repae.latent_stats: {path} is of latents of {len(scale)} channels, train_repae.vae makes {channels}"
+                f"train_repae.latent_stats: {path} is of {len(scale)} channels, train_repae.vae makes {channels}"
             )
         return scale, bias
 

@@ -43,11 +43,3 @@ def test_an_overflow_skips_this_optimizer_and_lowers_only_its_scale():
     assert hurt.scaler.get_scale() == scale / 2
     assert fine.scaler.get_scale() == scale
     assert hurt.module.weight.grad is None
-
-
-def test_the_scale_is_saved_and_restored():
-    network, other = linear(grad_scale=True), linear(grad_scale=True)
-    network.backward(loss_of(network, float("inf")))
-    network.step(1.0)
-    other.scaler.load_state_dict(network.scaler.state_dict())
-    assert other.scaler.get_scale() == network.scaler.get_scale()

@@ -16,6 +16,7 @@ from repae_core.artifacts.checkpoints import (
 from repae_core.config import PipelineConfig
 from repae_core.diffusion import Interpolant
 from repae_core.training import joint_run
+from repae_core.training.checkpoint import load_checkpoint
 from repae_core.training.distributed import open_group
 from repae_core.training.draws import sample_draws
 from repae_core.training.joint_run import JointRun
@@ -64,6 +65,8 @@ def test_the_first_statistics_go_into_the_moving_average_too(config, images, tmp
 def test_resume_is_exact(config, images, tmp_path, vae_training):
     """Stopped between checkpoints, in the warm-up and in joint training, a run ends with the same bytes."""
     chosen = {"vae_training": vae_training, "vae_warmup_learning_rate": 5 * config.train_repae.vae_learning_rate}
+    if vae_training == "repa-e":  # whatever else a checkpoint may hold
+        chosen |= {"vae_ema_decay": 0.9, "lecam_weight": 0.1}
     config = config.model_copy(update={"train_repae": config.train_repae.model_copy(update=chosen)})
     through, stopped = folder(tmp_path / "a"), folder(tmp_path / "b")
     history = train(start(config, images, through))
@@ -82,6 +85,32 @@ def test_resume_is_exact(config, images, tmp_path, vae_training):
     assert committed_checkpoints(stopped) == [16, 32]
     assert train(start(config, images, stopped)) == history
     assert last_files(through) == last_files(stopped)
+
+
+def test_gradient_scales_are_restored(config, images, tmp_path):
+    out = folder(tmp_path)
+    run, again = start(config, images, out), start(config, images, out)
+    for network in run.state.networks().values():
+        network.scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    train(run)
+    for network in again.state.networks().values():
+        network.scaler = torch.amp.GradScaler("cpu")
+    load_checkpoint(out, 48, again.state)
+    for name, network in again.state.networks().items():
+        assert network.scaler.get_scale() == 64.0, name
+
+
+@pytest.mark.parametrize(("content", "told"), [
+    ({"latents_scale": torch.ones(1, 32, 1, 1), "latents_bias": torch.zeros(1, 32, 1, 1)},
+     r"train_repae.latent_stats: .*stats.pt is of 32 channels, train_repae.vae makes 4$"),
+    ([1, 2], r"train_repae.latent_stats: .*stats.pt"),
+])  # fmt: skip
+def test_wrong_latent_statistics_are_told_before_the_warm_up(config, images, tmp_path, content, told):
+    path = tmp_path / "stats.pt"
+    torch.save(content, path)
+    section = config.train_repae.model_copy(update={"latent_stats": str(path)})
+    with pytest.raises(ValueError, match=told):
+        start(config.model_copy(update={"train_repae": section}), images, folder(tmp_path))
 
 
 def test_a_preemption_makes_a_checkpoint_at_once(config, images, tmp_path):
