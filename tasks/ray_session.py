@@ -166,7 +166,8 @@ def _init_ray(closed: threading.Event, **settings: Any) -> Any:
     threading.Thread(target=work, name="ray-init", daemon=True).start()
     try:
         while not opened.done():
-            time.sleep(0.02)
+            with _signal_handlers_kept():  # Ray's libraries put theirs in the place of Python's whole machinery
+                time.sleep(_LOOK_SECONDS)
     except BaseException as error:
         if wait([opened], _INTERRUPT_SECONDS if isinstance(error, KeyboardInterrupt) else _CANCEL_SECONDS).done:
             ray.shutdown()
@@ -176,7 +177,8 @@ def _init_ray(closed: threading.Event, **settings: Any) -> Any:
                 _kill(_ray_processes())
                 time.sleep(0.1)
         raise
-    return opened.result()
+    with _signal_handlers_kept():
+        return opened.result()
 
 
 def _ray_processes() -> list[psutil.Process]:
@@ -224,7 +226,7 @@ def on_this_machine(function: Callable[..., Any]) -> Any:
 
 @contextlib.contextmanager
 def _signal_handlers_kept() -> Iterator[None]:
-    """Ray replaces the SIGTERM handler, and a cancel by Prefect would look like a crash."""
+    """Ray replaces the handlers of SIGTERM, in C too: a cancel by Prefect would be a crash, or not be heard."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -134,8 +134,8 @@ threading.Event().wait(60)
 """
 
 
-@pytest.mark.parametrize("delay", [1, 4])
-def test_a_cancel_while_ray_starts_is_heard(delay, tmp_path):
+@pytest.mark.parametrize("delay", [1, 4, 15])
+def test_a_cancel_is_heard_while_ray_starts_and_later(delay, tmp_path):
     """Ray itself makes an exit of it, once its services are up, and leaves some of them for a while."""
     environment = os.environ | {"REPAE_HOME": str(tmp_path)}
     done = subprocess.run(
