@@ -173,12 +173,17 @@ def require_inputs(planned: PlannedStage) -> None:
 
 def _decision(run: PipelineRun, planned: PlannedStage) -> Decision:
     """A forced stage is made anew once: what this Prefect flow run has begun it continues, in whatever attempt."""
-    artifact = planned.artifact
-    manifest = artifact.manifest()
-    begun_by = manifest.asked_by if manifest else None
-    if manifest is None and artifact.exists("work.json"):
-        begun_by = artifact.read_json("work.json").get("asked_by")
-    return decide(planned, forced=planned.name in run.forced and begun_by != run.asked_by)
+    forced = planned.name in run.forced and _begun_by(planned.artifact) != run.asked_by
+    return decide(planned, forced=forced)
+
+
+def _begun_by(artifact: Artifact) -> str | None:
+    if manifest := artifact.manifest():
+        return manifest.asked_by
+    with contextlib.suppress(FileNotFoundError):  # never begun, or its writer has just ended
+        asked_by: str | None = artifact.read_json("work.json").get("asked_by")
+        return asked_by
+    return None
 
 
 def _skip(run: PipelineRun, planned: PlannedStage) -> dict[str, Any]:

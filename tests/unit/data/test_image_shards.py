@@ -67,7 +67,7 @@ def test_shards_partition_the_images(artifact):
 def test_data_loader(artifact, workers):
     images = ImageShards(artifact)
     batches = list(
-        DataLoader(images, batch_size=4, num_workers=workers, multiprocessing_context="fork" if workers else None)
+        DataLoader(images, batch_size=4, num_workers=workers, multiprocessing_context="forkserver" if workers else None)
     )
     assert torch.equal(torch.cat([pixels for pixels, _ in batches]), images.images(np.arange(11)))
     assert np.array_equal(torch.cat([labels for _, labels in batches]), images.labels)
