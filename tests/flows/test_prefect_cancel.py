@@ -15,9 +15,8 @@ from repae_core.artifacts import Artifact, Store
 from repae_core.artifacts.checkpoints import committed_checkpoints
 
 STEPS, BATCH, SECONDS = 400, 8, 15
-EARLY_SECONDS = (
-    25  # 10 on an idle machine; beside other tests Prefect and Ray's start take longer. Unheard: 30 (SIGKILL)
-)
+# 10 on an idle machine; beside other tests Prefect's event and Ray's start take longer. Not heard: 30, by SIGKILL.
+EARLY_SECONDS = 25
 SETTINGS = ("train_repae.workers=2", "train_repae.cpus_per_worker=1", f"train_repae.max_steps={STEPS - 2}",
             "train_repae.checkpoint_every=10")  # fmt: skip
 

@@ -24,6 +24,15 @@ def write(store, **changes):
     store.write_json(KEY, content)
 
 
+def await_beat(store):
+    """Until the heartbeat has been written anew."""
+    first = store.read_json(KEY)["heartbeat"]
+    deadline = time.monotonic() + 5
+    while store.read_json(KEY)["heartbeat"] == first:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def test_held_and_released(store):
     with Lease(store, KEY) as lease:
         lease.check()
@@ -74,11 +83,7 @@ def test_lost_lease_stops_commits_and_is_left_alone(store):
 def test_heartbeat(store, monkeypatch):
     monkeypatch.setattr(lease_module, "HEARTBEAT_SECONDS", 0.05)
     with Lease(store, KEY):
-        first = store.read_json(KEY)["heartbeat"]
-        deadline = time.monotonic() + 5
-        while store.read_json(KEY)["heartbeat"] == first:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        await_beat(store)
 
 
 def test_the_heartbeat_outlives_a_moment_of_trouble(store, monkeypatch):
@@ -94,11 +99,7 @@ def test_the_heartbeat_outlives_a_moment_of_trouble(store, monkeypatch):
 
     monkeypatch.setattr(Store, "write_bytes", stale)
     with Lease(store, KEY):
-        first = store.read_json(KEY)["heartbeat"]
-        deadline = time.monotonic() + 5
-        while store.read_json(KEY)["heartbeat"] == first:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        await_beat(store)
 
 
 def test_damaged_lease_is_no_owner(store):
