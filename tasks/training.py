@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from repae_core.artifacts import Artifact
-from repae_core.artifacts.checkpoints import committed_checkpoints
+from repae_core.artifacts.checkpoints import committed_checkpoints, read_record, require_same_settings
 from repae_core.config import TrainingConfig
 from tasks.checkpoint_scores import CheckpointScores, checkpoint_scores
 from tasks.ray_launch import launch
@@ -28,6 +28,7 @@ def run_training(context: StageContext) -> dict[str, Any]:
     section = context.section
     assert isinstance(section, TrainingConfig)
     artifact = context.artifact
+    require_continuable(artifact, context.inputs.get("init"), section)
     payload = {
         "run": context.run.run_id,
         "stage": context.planned.name,
@@ -90,6 +91,19 @@ def training_slot() -> Iterator[None]:
     logger.info("waiting for a slot of %s", limit)
     with concurrency(limit, occupy=1, strict=True, raise_on_lease_renewal_failure=False):
         yield
+
+
+def require_continuable(artifact: Artifact, init_from: Artifact | None, section: TrainingConfig) -> None:
+    """Before Ray waits for room for them: ValueError where other workers wrote the checkpoint to start from.
+
+    The workers themselves compare this again, and all that only they know.
+    """
+    for source in (artifact, init_from):
+        if source is not None and (found := committed_checkpoints(source)):
+            fixed = {"gradient_accumulation_steps": section.gradient_accumulation_steps}
+            record = read_record(source, found[-1])
+            require_same_settings(source, found[-1], record, workers=max(section.workers, 1), fixed=fixed)
+            return
 
 
 def kept_threads(artifact: Artifact, section: TrainingConfig) -> int:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Mapping
 from typing import Any
 
 from repae_core.artifacts.artifact import Artifact
 from repae_core.artifacts.manifest import FileEntry
 
 FOLDER = "checkpoints"
+
+_FORMER_NAMES = {"gradient_accumulation_steps": "accumulation_steps"}  # in checkpoints that `init_from` may name
 
 
 def committed_checkpoints(folder: Artifact) -> list[int]:
@@ -78,9 +82,31 @@ def resolve_checkpoint(folder: Artifact, which: str = "last") -> int:
 
 
 def read_record(folder: Artifact, images_seen: int) -> dict[str, Any]:
-    """Position, model specs and metric history of a committed checkpoint."""
-    record: dict[str, Any] = folder.read_json(f"{FOLDER}/{images_seen}/state.json")
+    """Position, model specs and metric history of a committed checkpoint; ValueError if it is not as committed."""
+    record: dict[str, Any] = json.loads(CommittedFiles(folder, images_seen).read("state.json"))
     return record
+
+
+def require_same_settings(
+    folder: Artifact, images_seen: int, record: Mapping[str, Any], *, workers: int, fixed: Mapping[str, Any]
+) -> None:
+    """ValueError says what a checkpoint was written with that the run to continue it has otherwise.
+
+    record: of that checkpoint; workers: processes that train, at least 1; fixed: settings that must be as they were.
+    """
+    anew = "or start anew: --force the stage, without init_from"
+    if record["world_size"] not in (None, workers):
+        raise ValueError(
+            f"{folder.uri}: checkpoint {images_seen} was written by {record['world_size']} worker(s), this run has "
+            f"{workers}; set workers={record['world_size']}, {anew}"
+        )
+    for setting, ours in fixed.items():
+        theirs = record.get(setting, record.get(_FORMER_NAMES.get(setting, ""), ours))
+        if theirs != ours:
+            raise ValueError(
+                f"{folder.uri}: checkpoint {images_seen} was written with {setting}={theirs}, this run has {ours}; "
+                f"set it to {theirs}, {anew}"
+            )
 
 
 def checkpoint_entries(folder: Artifact) -> list[FileEntry]:

@@ -19,12 +19,10 @@ from safetensors.torch import save_file as save_safetensors
 from torch import Tensor, nn
 
 from repae_core.artifacts import Artifact
-from repae_core.artifacts.checkpoints import CommittedFiles
+from repae_core.artifacts.checkpoints import CommittedFiles, require_same_settings
 from repae_core.training.state import JointState, LDMState
 
 logger = logging.getLogger("repae_core")
-
-_FORMER_NAMES = {"gradient_accumulation_steps": "accumulation_steps"}  # in checkpoints that `init_from` may name
 
 
 def write_snapshot(target: Path, state: LDMState, record: dict[str, Any]) -> None:
@@ -75,8 +73,8 @@ def load_checkpoint(
     """
     files = CommittedFiles(folder, images_seen)
     record: dict[str, Any] = json.loads(files.read("state.json"))
+    require_same_settings(folder, images_seen, record, workers=state.group.world_size, fixed=fixed or {})
     try:
-        _require_same_settings(record, state.group.world_size, fixed or {})
         _load_weights(files, record, state)
         _load_optimizers(files, state)
     except _MismatchError as error:
@@ -91,22 +89,6 @@ def load_checkpoint(
             state.discriminator.module.load_state_dict(buffers, strict=False)
     state.step = record["step"]
     return record
-
-
-def _require_same_settings(record: dict[str, Any], world_size: int, fixed: Mapping[str, Any]) -> None:
-    """_MismatchError says what a checkpoint was written with that this run has otherwise."""
-    if record["world_size"] not in (None, world_size):
-        raise _MismatchError(
-            f"was written by {record['world_size']} worker(s), this run has {world_size}; set "
-            f"workers={record['world_size']}, or start anew: --force the stage, without init_from"
-        )
-    for setting, ours in fixed.items():
-        theirs = record.get(setting, record.get(_FORMER_NAMES.get(setting, ""), ours))
-        if theirs != ours:
-            raise _MismatchError(
-                f"was written with {setting}={theirs}, this run has {ours}; set it to {theirs}, or start anew: --force "
-                "the stage, without init_from"
-            )
 
 
 def _load_weights(files: CommittedFiles, record: dict[str, Any], state: LDMState) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -233,10 +234,13 @@ class TrainingLoop:
             yield batch
 
     def _log(self, done: int, metrics: Metrics) -> dict[str, float]:
-        """The only place where metrics leave the device: one reduction over ranks, one copy."""
+        """The only place where metrics leave the device: one reduction over ranks, one copy.
+
+        Losses are finite; the norm of an overflow in fp16 is not, and is left out: JSON has no number for it.
+        """
         with self.state.timer("logging"):
             values = self.state.group.mean(torch.stack([m.float() for m in metrics.values()])).tolist()
-        logged = dict(zip(metrics, values, strict=True))
+        logged = {name: value for name, value in zip(metrics, values, strict=True) if math.isfinite(value)}
         self.history.append({"step": done, "images_seen": done * self.settings.batch_size, **logged})
         return logged
 

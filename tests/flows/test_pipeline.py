@@ -24,6 +24,7 @@ from tasks.extract_vae import extract_vae
 from tasks.pipeline_run import open_run
 from tasks.plan import make_plan
 from tasks.preprocess import preprocess
+from tasks.ray_session import RaySession
 from tasks.stage_inputs import input_references
 from tasks.train_repae import train_repae
 
@@ -390,6 +391,15 @@ def test_a_finished_run_continues_for_longer(finished):
     final = {name: digest for name, digest in tiny.contents(other).items() if name.startswith("checkpoints/48/")}
     assert final.items() <= tiny.contents(one).items()
     assert tiny.contents(one)["metrics.jsonl"] == tiny.contents(other)["metrics.jsonl"]
+
+
+def test_other_workers_are_refused_before_ray_starts(finished, monkeypatch):
+    monkeypatch.setattr(RaySession, "connect", lambda *args: pytest.fail("Ray was started"))
+    longer = ("train_ldm.max_steps=6", f"train_ldm.init_from={finished.artifact('train-ldm').fingerprint}")
+    with pytest.raises(ValueError, match=r"checkpoint 32 was written by 1 worker\(s\), this run has 2; set workers=1"):
+        finished.run(*longer, "train_ldm.workers=2")
+    with pytest.raises(ValueError, match="was written with gradient_accumulation_steps=1, this run has 2; set it to 1"):
+        finished.run(*longer, "train_ldm.workers=1", "train_ldm.gradient_accumulation_steps=2")
 
 
 def test_generation_from_the_joint_model(finished):

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import tiny
@@ -167,6 +169,17 @@ def test_other_number_of_workers_is_refused(config, images, tmp_path):
     commit_checkpoint(out, "checkpoints/48")
     with pytest.raises(ValueError, match="was written by 2 worker"):
         train(start(config, images, out))
+
+
+def test_an_overflow_in_fp16_writes_no_norm(config, images, tmp_path):
+    """Its norm is infinite, and that update is left out: JSON has no such number."""
+    out, factors = folder(tmp_path), iter([math.inf])
+    run = start(config, images, out)
+    run.state.sit.scaler = torch.amp.GradScaler("cpu")
+    run.state.sit.parameters()[0].register_hook(lambda gradient: gradient * next(factors, 1.0))
+    first, second = [row for row in train(run) if "sit_loss" in row][:2]
+    assert first.keys() == second.keys() - {"grad_norm_sit"}
+    assert "Infinity" not in out.read_bytes("checkpoints/48/state.json").decode()
 
 
 def test_only_the_vae_learns_in_the_warmup(config, images, tmp_path):
