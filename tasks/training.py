@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
 import logging
 import os
@@ -37,6 +38,7 @@ def run_training(context: StageContext) -> dict[str, Any]:
         "fingerprint": artifact.fingerprint,
         "inputs": {role: artifact_reference(a) for role, a in context.inputs.items()},
         "owner": context.lease.owner,
+        "training": training_name(artifact),
         "threads": kept_threads(artifact, section),
         "workers": section.workers,
     }
@@ -104,6 +106,12 @@ def require_continuable(artifact: Artifact, init_from: Artifact | None, section:
             record = read_record(source, found[-1])
             require_same_settings(source, found[-1], record, workers=max(section.workers, 1), fixed=fixed)
             return
+
+
+def training_name(artifact: Artifact) -> str:
+    """Names this training until it is begun anew: its workers know by it what one of them has left in scratch."""
+    begun = artifact.read_json("work.json")["started_at"]
+    return hashlib.sha256(f"{artifact.uri} {begun}".encode()).hexdigest()[:16]
 
 
 def kept_threads(artifact: Artifact, section: TrainingConfig) -> int:

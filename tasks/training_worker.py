@@ -62,6 +62,7 @@ def _train(payload: dict[str, Any], report: Report) -> dict[str, Any]:
             record={"threads": torch.get_num_threads()},
             init_from=inputs.get("init"),
             preempted=preempted if payload["workers"] else lambda: False,
+            training=payload["training"],
         )
     if group.is_main:
         lines = "".join(f"{json.dumps(row)}\n" for row in history)

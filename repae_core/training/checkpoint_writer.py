@@ -6,25 +6,29 @@ import contextlib
 import functools
 import logging
 import math
-import os
-import platform
 import queue
-import shutil
-import tempfile
 import threading
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import psutil
 from safetensors import SafetensorError
 
 from repae_core.artifacts import Artifact, StoreError
 from repae_core.artifacts.checkpoints import FOLDER, commit_checkpoint, committed_checkpoints
 from repae_core.training.checkpoint import write_snapshot
+from repae_core.training.checkpoint_scratch import (
+    discard,
+    finish,
+    open_scratch,
+    remove_scratch,
+    unfinished,
+    whole_folders,
+)
 from repae_core.training.state import LDMState
 
 logger = logging.getLogger("repae_core")
@@ -40,8 +44,9 @@ class CheckpointWriter:
     At most `waiting` snapshots lie in local scratch; `save` blocks while there are more, so that a store that is
     away for longer than its time budget stops the run instead of filling the disk. A failed upload is raised by the
     next `save`, `check` or at the end. Kept are the newest `keep`, and every one at a multiple of `keep_every`
-    images (0 = none).
+    images (0 = none). What waited in scratch when a process of this training was killed comes first.
 
+    training: a name of this training until it is begun anew; "" = what waits is lost with the process.
     guard: called before anything in the store is changed, raises when the stage's lease is lost; waits: called again
     and again, on every rank while `save` waits for room or `flush` for the store, on the main one while the end waits.
     """
@@ -53,6 +58,7 @@ class CheckpointWriter:
         *,
         guard: Callable[[], None],
         waits: Callable[[], None] = lambda: None,
+        training: str = "",
         keep: int,
         keep_every: int = 0,
         waiting: int = 2,
@@ -60,6 +66,7 @@ class CheckpointWriter:
         self.seconds = 0.0  # that training has lost to checkpoints so far
         self._folder, self._state, self._guard = folder, state, guard
         self._waits = waits
+        self._training = training or uuid.uuid4().hex
         self._moved = time.monotonic()  # when the background last began a job or wrote a checkpoint's file
         self._keep, self._keep_every = keep, keep_every
         self._room = threading.Semaphore(waiting)
@@ -71,9 +78,11 @@ class CheckpointWriter:
 
     def __enter__(self) -> Self:
         if self._state.group.is_main:
-            self._scratch = open_scratch(self._folder.fingerprint)
+            self._scratch = open_scratch(self._training)
             self._thread = threading.Thread(target=self._work, name="checkpoint-writer", daemon=True)
             self._thread.start()
+            for left in whole_folders(self._scratch):
+                self._queue.put(functools.partial(self._adopt if left.name.isdigit() else self._write, left))
             self._queue.put(self._clear)
         return self
 
@@ -86,7 +95,7 @@ class CheckpointWriter:
             else:
                 self._error = self._error or error  # from here on nothing is committed: its files may be going
             self._thread.join(_CANCEL_SECONDS)
-            shutil.rmtree(self._scratch, ignore_errors=True)
+            remove_scratch(self._scratch)
         if error is None:
             self.check()
 
@@ -99,23 +108,26 @@ class CheckpointWriter:
         with self._timed():
             while self._state.group.from_main(not self._has_room()):
                 self._waits()
-            try:
-                write_snapshot(self._scratch / str(record["images_seen"]), self._state, record)
-            except (OSError, SafetensorError, RuntimeError) as error:
-                if isinstance(error, RuntimeError) and "StreamWriter" not in str(error):  # torch.save on a full disk
-                    raise
-                reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-                raise StoreError(f"checkpoint scratch {self._scratch}: {reason}") from error
-            if self._thread is not None:
-                self._queue.put(functools.partial(self._commit, record["images_seen"]))
+            folder = unfinished(self._scratch, str(record["images_seen"]))
+            with self._disk_errors():
+                write_snapshot(folder, self._state, record)
+                if self._thread is not None:
+                    self._queue.put(functools.partial(self._commit, finish(folder)))
 
     def write(self, files: Mapping[str, bytes], receipt: Any) -> None:
         """Small files, written after what was saved before; `take_receipts` gives `receipt` once they are there.
 
-        They wait in memory: `save`, which blocks while the store is away, bounds how many.
+        Raises:
+            StoreError: no room on the local disk.
         """
-        if self._thread is not None and files:
-            self._queue.put(functools.partial(self._write, dict(files), receipt))
+        if self._thread is None or not files:
+            return
+        folder = unfinished(self._scratch, f"files-{uuid.uuid4().hex}")
+        with self._timed(), self._disk_errors():
+            for name, content in files.items():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).write_bytes(content)
+            self._queue.put(functools.partial(self._write, finish(folder), receipt))
 
     def take_receipts(self) -> list[Any]:
         """Receipts of files written since the last call."""
@@ -140,6 +152,17 @@ class CheckpointWriter:
             yield
         finally:
             self.seconds += time.monotonic() - began
+
+    @contextlib.contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        """What the local disk refuses as one line."""
+        try:
+            yield
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "StreamWriter" not in str(error):  # torch.save on a full disk
+                raise
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+            raise StoreError(f"checkpoint scratch {self._scratch}: {reason}") from error
 
     def _has_room(self) -> bool:
         """On the main rank for one more snapshot, after a while at most; the others have."""
@@ -177,27 +200,39 @@ class CheckpointWriter:
             finally:
                 self._queue.task_done()
 
-    def _write(self, files: dict[str, bytes], receipt: Any) -> None:
-        if self._error is None:
-            self._guard()
-            for name, content in files.items():
-                self._folder.write_bytes(name, content)
-            self._receipts.append(receipt)
-
-    def _commit(self, images_seen: int) -> None:
+    def _write(self, folder: Path, receipt: Any = None) -> None:
         try:
             if self._error is None:
-                self._upload(images_seen)
+                self._guard()
+                for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+                    self._folder.upload(path.relative_to(folder).as_posix(), path)
+                if receipt is not None:
+                    self._receipts.append(receipt)
         finally:
-            shutil.rmtree(self._scratch / str(images_seen), ignore_errors=True)
+            discard(folder)
+
+    def _commit(self, snapshot: Path) -> None:
+        try:
+            if self._error is None:
+                self._upload(snapshot)
+        finally:
+            discard(snapshot)
             self._room.release()
 
-    def _upload(self, images_seen: int) -> None:
+    def _adopt(self, snapshot: Path) -> None:
+        """The snapshot of a killed process, unless the store has it or a later one."""
+        if self._error is None and int(snapshot.name) > max(committed_checkpoints(self._folder), default=0):
+            self._upload(snapshot)
+            logger.info("checkpoint %s had waited in scratch when its process was killed", snapshot.name)
+        discard(snapshot)
+
+    def _upload(self, snapshot: Path) -> None:
+        images_seen = int(snapshot.name)
         name = f"{FOLDER}/{images_seen}"
         self._guard()  # else a worker whose lease is lost would break what its successor has committed
         self._drop(images_seen)
         sizes = {}
-        for path in sorted((self._scratch / str(images_seen)).iterdir()):
+        for path in sorted(snapshot.iterdir()):
             self._folder.upload(f"{name}/{path.name}", path)
             sizes[path.name] = path.stat().st_size
             self._moved = time.monotonic()
@@ -226,18 +261,3 @@ class CheckpointWriter:
     def _drop(self, images_seen: int) -> None:
         self._folder.delete(f"{FOLDER}/{images_seen}/commit.json")
         self._folder.delete(f"{FOLDER}/{images_seen}", recursive=True)
-
-
-def open_scratch(fingerprint: str) -> Path:
-    """An empty folder of this process below TMPDIR; those that killed processes left are removed."""
-    parent = Path(tempfile.gettempdir()) / f"repae-checkpoints-{os.getuid()}"
-    parent.mkdir(mode=0o700, exist_ok=True)
-    here = platform.node()  # TMPDIR may be shared: another machine's processes are not seen here
-    for folder in parent.glob(f"*@{here}@*"):
-        pid = folder.name.rpartition("@")[2]
-        if pid.isdigit() and not psutil.pid_exists(int(pid)):
-            shutil.rmtree(folder, ignore_errors=True)
-    scratch = parent / f"{fingerprint}@{here}@{os.getpid()}"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
-    return scratch

@@ -82,7 +82,7 @@ class TrainingLoop:
 
     record: what a checkpoint keeps beside the state (model specs, threads); the metric history joins it.
     guard: called before each commit, raises when the stage's lease is lost. preempted: asked after each step, by
-    all ranks and with one answer; a True after a False makes a checkpoint at once.
+    all ranks and with one answer; a True after a False makes a checkpoint at once. training: see CheckpointWriter.
     """
 
     def __init__(
@@ -95,6 +95,7 @@ class TrainingLoop:
         report: Report,
         guard: Callable[[], None],
         preempted: Callable[[], bool] = lambda: False,
+        training: str = "",
     ) -> None:
         self.state = state
         self.folder = folder
@@ -103,6 +104,7 @@ class TrainingLoop:
         self.report = report
         self.guard = guard
         self.preempted = preempted
+        self.training = training
         self.history: list[dict[str, float]] = []
         self.start_step = 0
         self.watchdog: StepWatchdog | None = None
@@ -114,6 +116,9 @@ class TrainingLoop:
             ValueError: it does not fit this run: workers, micro-batches, batch size, or nothing left to train.
         """
         origin, group = source or self.folder, self.state.group
+        if source is None:
+            with self._writer() as writer:  # which adopts what had waited when a process was killed
+                writer.flush()
         newest = torch.tensor([max(committed_checkpoints(origin), default=0)], device=group.device)
         seen = int(group.gather(newest)[0])  # the main rank's: listings of one store may differ for a moment
         if not seen:
@@ -190,6 +195,7 @@ class TrainingLoop:
             self.state,
             guard=self.guard,
             waits=self.alive,
+            training=self.training,
             keep=s.keep_checkpoints,
             keep_every=s.keep_checkpoints_every * s.batch_size,
             waiting=s.checkpoint_queue,

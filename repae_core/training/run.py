@@ -90,11 +90,12 @@ class TrainingRun(ABC):
         record: dict[str, Any],
         init_from: Artifact | None = None,
         preempted: Callable[[], bool] = lambda: False,
+        training: str = "",
     ) -> list[dict[str, float]]:
         """Train to the end from the newest checkpoint, `init_from`'s, or the start; returns the history.
 
         report: called with Progress; guard: called before each commit, raises when the lease is lost;
-        record: JSON-able values kept in every checkpoint; preempted: see TrainingLoop.
+        record: JSON-able values kept in every checkpoint; preempted: see TrainingLoop; training: see CheckpointWriter.
         """
         s = self.section
         use_tf32(s.allow_tf32)
@@ -123,6 +124,7 @@ class TrainingRun(ABC):
             report=report,
             guard=guard,
             preempted=preempted,
+            training=training,
         )
         self.loop = loop
         if not loop.restore() and init_from is not None:

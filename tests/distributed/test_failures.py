@@ -106,6 +106,38 @@ def test_a_store_that_is_away_for_a_minute(started, source, undisturbed, tmp_pat
         server.stop()
 
 
+def test_workers_killed_while_the_store_is_away_lose_one_interval_at_most(
+    started, source, undisturbed, tmp_path, short_tmp, monkeypatch
+):
+    """What waits in scratch is committed by the workers that start in their place."""
+    server = S3Server(tmp_path / "s3" / "data")
+    server.start()
+    try:
+        for name, value in server.variables.items():
+            monkeypatch.setenv(name, value)
+        store = f"s3://{BUCKET}/killed"
+        driver = started(store, TMPDIR=str(short_tmp), **server.variables)
+        server.process.send_signal(signal.SIGSTOP)
+        wait_for(driver, lambda: len(checkpoints_in_scratch(short_tmp)) == 2)
+        for worker in driver.workers():
+            worker.kill()
+        waiting = checkpoints_in_scratch(short_tmp)
+        server.process.send_signal(signal.SIGCONT)
+        assert driver.process.wait(timeout=400) == 0, driver.log.read_text()[-3000:]
+        log = artifact(source, store).read_bytes("logs/rank0.log").decode()
+        assert f"checkpoint {waiting[-1]} had waited in scratch when its process was killed" in log
+        assert f"continued from checkpoint {waiting[-1]} " in log
+        assert final_files(artifact(source, store)) == undisturbed
+    finally:
+        server.process.send_signal(signal.SIGCONT)
+        server.stop()
+
+
+def checkpoints_in_scratch(folder: Path) -> list[int]:
+    """Images seen of the whole ones."""
+    return sorted(int(path.name) for path in folder.glob("repae-checkpoints-*/*/*") if path.name.isdigit())
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A folder that can be filled."""

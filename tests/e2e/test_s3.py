@@ -4,11 +4,8 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 import uuid
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import s3fs
@@ -81,15 +78,8 @@ def test_pipeline_equals_the_local_one(bucket, tmp_path, home):
     assert {stage.status for stage in again.stages.values()} == {"skipped"}
 
 
-@pytest.fixture
-def scratch() -> Iterator[Path]:
-    """For Ray's files, apart from those of other tests, which come and go; its socket paths must stay short."""
-    with tempfile.TemporaryDirectory(prefix="s3-", ignore_cleanup_errors=True) as folder:
-        yield Path(folder)
-
-
 @pytest.mark.slow
-def test_command_with_ray_workers_and_a_shard_cache(bucket, server, tmp_path, home, scratch):
+def test_command_with_ray_workers_and_a_shard_cache(bucket, server, tmp_path, home, short_tmp):
     """As a user runs it: everything from the environment, two workers, images and latents read through the cache."""
     images = tiny.write_images(tmp_path / "images")
     fast = [value for value in tiny.overrides(images) if ".workers=" not in value and ".threads=" not in value]
@@ -98,7 +88,7 @@ def test_command_with_ray_workers_and_a_shard_cache(bucket, server, tmp_path, ho
     values = tiny.arguments([*fast, *workers, *cached, "train_repae.memory_cache_gib=0", "train_ldm.loader_workers=1"])
     command = [sys.executable, "-m", "flows.cli", "run", *values]
     places = {"REPAE_STORE": bucket, "REPAE_HOME": str(home), "PREFECT_HOME": str(home / "prefect")}
-    variables = os.environ | server | places | {"TMPDIR": str(scratch)}
+    variables = os.environ | server | places | {"TMPDIR": str(short_tmp)}
     subprocess.run(command, env=variables, check=True, timeout=600, cwd=tmp_path)
     store = Store(bucket)
     for stage in STAGES:
@@ -112,7 +102,7 @@ def test_command_with_ray_workers_and_a_shard_cache(bucket, server, tmp_path, ho
     secret = server["AWS_SECRET_ACCESS_KEY"].encode()
     assert [name for name in store.files() if secret in store.read_bytes(name)] == []
     ours = [path for path in home.rglob("*") if path.is_file()]
-    of_ray = list(scratch.glob("repae-ray-*/session_2*/logs/worker-*"))
+    of_ray = list(short_tmp.glob("repae-ray-*/session_2*/logs/worker-*"))
     assert {"mlflow.db", "prefect.db"} <= {path.name for path in ours}
     assert of_ray
     assert [path for path in ours + of_ray if secret in path.read_bytes()] == []

@@ -1,4 +1,5 @@
 import math
+import tempfile
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from repae_core.config import PipelineConfig
 from repae_core.diffusion import Interpolant
 from repae_core.training import joint_run
 from repae_core.training.checkpoint import load_checkpoint
+from repae_core.training.checkpoint_scratch import open_scratch
 from repae_core.training.distributed import open_group
 from repae_core.training.draws import sample_draws
 from repae_core.training.joint_run import JointRun
@@ -87,6 +89,24 @@ def test_resume_is_exact(config, images, tmp_path, vae_training):
     assert committed_checkpoints(stopped) == [16, 32]
     assert train(start(config, images, stopped)) == history
     assert last_files(through) == last_files(stopped)
+
+
+def test_a_run_continues_from_what_waited_in_scratch(config, images, tmp_path, monkeypatch):
+    """As when its process was killed while the store was away: no step that a snapshot holds is trained again."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    out = folder(tmp_path)
+    history, expected = train(start(config, images, out)), last_files(out)
+    mine = open_scratch("this one")
+    left = mine.rename(mine.with_name(f"{mine.name.rpartition('@')[0]}@999999999"))  # no process has this id
+    (left / "32").mkdir()
+    for leaf in out.files("checkpoints/32").keys() - {"commit.json"}:
+        (left / "32" / leaf).write_bytes(out.read_bytes(f"checkpoints/32/{leaf}"))
+    out.delete("checkpoints", recursive=True)
+    run = start(config, images, out)
+    assert run.run(report=lambda progress: None, guard=lambda: None, record={}, training="this one") == history
+    assert run.loop is not None
+    assert run.loop.start_step * 8 == 32
+    assert last_files(out) == expected
 
 
 def test_gradient_scales_are_restored(config, images, tmp_path):
