@@ -40,7 +40,7 @@ def open_scratch(training: str) -> Path:
     scratch.mkdir()
     for folder in parent.glob(f"*@{platform.node()}@*"):
         pid = folder.name.rpartition("@")[2]
-        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+        if pid.isdigit() and not _lives(int(pid)):
             if folder.name.startswith(mine):
                 _take_over(folder, scratch)
             remove_scratch(folder)
@@ -81,6 +81,13 @@ def _take_over(left: Path, scratch: Path) -> None:
     for folder in whole_folders(left):
         with contextlib.suppress(OSError):  # of another killed process it is here already: the same
             folder.rename(scratch / folder.name)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE  # killed, and its parent has not looked yet
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _boot() -> str:

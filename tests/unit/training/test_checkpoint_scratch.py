@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -149,6 +151,15 @@ def test_a_process_that_lives_keeps_its_own(tmp_path):
     living = living.rename(living.with_name(living.name.replace(NOBODY, str(os.getppid()))))
     assert whole_folders(open_scratch("this")) == []
     assert living.exists()
+
+
+def test_a_killed_process_is_dead_before_its_parent_has_looked():
+    left = left_by_a_dead_process("this")
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+        left.rename(left.with_name(left.name.replace(NOBODY, str(process.pid))))
+        assert [folder.name for folder in whole_folders(open_scratch("this"))] == ["10"]
 
 
 def test_names_say_what_is_whole(tmp_path):
