@@ -1,5 +1,6 @@
 """`prefect flow-run cancel` of a deployed training: no process is left, and the next run continues."""
 
+import re
 import subprocess
 import sys
 import time
@@ -93,4 +94,6 @@ def test_a_cancelled_training_leaves_nothing_and_goes_on(served, tmp_path):
     wait_for(lambda: state(served, second) in ("COMPLETED", "FAILED", "CRASHED"), 500)
     assert state(served, second) == "COMPLETED"
     assert artifact().verify() == []
-    assert f"continued from checkpoint {reached}" in artifact().read_bytes("logs/rank0.log").decode()
+    log = artifact().read_bytes("logs/rank0.log").decode()
+    (continued,) = re.findall(r"continued from checkpoint (\d+)", log)
+    assert int(continued) >= reached  # later, where a checkpoint waited in scratch
