@@ -116,7 +116,8 @@ def test_workers_killed_while_the_store_is_away_lose_one_interval_at_most(
         for name, value in server.variables.items():
             monkeypatch.setenv(name, value)
         store = f"s3://{BUCKET}/killed"
-        driver = started(store, TMPDIR=str(short_tmp), **server.variables)
+        cached = "train_repae.shard_cache_gib=1"  # else the steps wait for images
+        driver = started(store, cached, TMPDIR=str(short_tmp), **server.variables)
         server.process.send_signal(signal.SIGSTOP)
         wait_for(driver, lambda: len(checkpoints_in_scratch(short_tmp)) == 2)
         for worker in driver.workers():
