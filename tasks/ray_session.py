@@ -69,8 +69,9 @@ class RaySession:
         given = os.environ.get("RAY_ADDRESS")
         if given:
             _probe(given)
-        else:
-            # Else Ray takes the machine's address for 127.0.0.1, and then listens on every interface.
+        if not given or _host_and_port(given)[0] in ("127.0.0.1", "localhost"):
+            # Else Ray takes the machine's address for 127.0.0.1: it waits for a cluster there for ever, and a private
+            # one listens on every interface.
             os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         self._closed = threading.Event()
         context = _init_ray(
@@ -272,7 +273,7 @@ def _remove_old_sessions(scratch: Path) -> None:
 def _probe(address: str, seconds: float | None = None) -> None:
     if address in ("auto", "local"):
         return
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    host, port = _host_and_port(address)
     deadline = time.monotonic() + (seconds or _PROBE_SECONDS)
     while True:
         try:
@@ -282,3 +283,8 @@ def _probe(address: str, seconds: float | None = None) -> None:
             if time.monotonic() > deadline or isinstance(error, ValueError):
                 raise ConnectionError(f"RAY_ADDRESS={address}: no Ray cluster answers there ({error})") from None
             time.sleep(1)
+
+
+def _host_and_port(address: str) -> tuple[str, str]:
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    return host, port

@@ -20,8 +20,8 @@ def committed_checkpoints(folder: Artifact) -> list[int]:
     present = {name: size for name, size in folder.files().items() if name.startswith(f"{FOLDER}/")}
     whole = []
     for name in present:
-        _, images, leaf = name.split("/", 2)
-        if leaf == "commit.json":
+        images, _, leaf = name.removeprefix(f"{FOLDER}/").partition("/")
+        if leaf == "commit.json" and images.isdigit():  # else a copy that someone has made there
             try:
                 files = folder.read_json(name)["files"]
             except FileNotFoundError:  # the training has dropped it since
@@ -60,10 +60,13 @@ class CommittedFiles:
         )
 
 
-def commit_checkpoint(folder: Artifact, name: str) -> None:
-    """Write `commit.json` with size and hash of every file of the checkpoint folder `name`: now it counts."""
+def commit_checkpoint(folder: Artifact, name: str, sizes: Mapping[str, int] | None = None) -> None:
+    """Write `commit.json` with size and hash of every file of the checkpoint folder `name`: now it counts.
+
+    sizes: bytes of its files by their name, as its writer knows them; None = of those that are there.
+    """
     files = []
-    for leaf, size in sorted(folder.files(name).items()):
+    for leaf, size in sorted((folder.files(name) if sizes is None else sizes).items()):
         if leaf != "commit.json":
             files.append({"name": leaf, "bytes": size, "sha256": folder.sha256(f"{name}/{leaf}")})
     folder.write_json(f"{name}/commit.json", {"files": files})

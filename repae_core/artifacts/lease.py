@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import socket
 import threading
 import time
 import uuid
-from pathlib import Path
 from typing import Any, Self
 
 import psutil
 
+from repae_core.artifacts.processes import boot_id, pid_namespace
 from repae_core.artifacts.store import Store
 
 logger = logging.getLogger("repae")
@@ -34,8 +33,8 @@ class LeaseLost(RuntimeError):
 class Lease:
     """Held while the block runs; `check()` before every commit.
 
-    The lease of a dead process on the same host (and boot) is taken over at once, else after 60 s without a
-    heartbeat.
+    The lease of a dead process on the same host (boot, and PID namespace) is taken over at once, else after 60 s
+    without a heartbeat.
 
     Raises:
         LeaseHeld: on entering, when a live process holds it.
@@ -70,7 +69,8 @@ class Lease:
         content = {
             "owner": self.owner,
             "host": socket.gethostname(),
-            "boot_id": _boot_id(),
+            "boot_id": boot_id(),
+            "pid_namespace": pid_namespace(),
             "pid": process.pid,
             "pid_started": process.create_time(),
             "heartbeat": time.time(),
@@ -134,7 +134,7 @@ def _owner(held: dict[str, Any] | None) -> str | None:
 
 def _why_free(held: dict[str, Any]) -> str:
     """Why a lease may be taken over; empty while its holder may live."""
-    if held["host"] == socket.gethostname() and held["boot_id"] == _boot_id():
+    if held["host"] == socket.gethostname() and held["boot_id"] == boot_id() and _counts_pids_as_here(held):
         try:
             same = abs(psutil.Process(held["pid"]).create_time() - held["pid_started"]) < 1.0
         except psutil.NoSuchProcess:
@@ -144,11 +144,10 @@ def _why_free(held: dict[str, Any]) -> str:
     return f"no heartbeat for {age:.0f} s" if age > EXPIRY_SECONDS else ""
 
 
+def _counts_pids_as_here(held: dict[str, Any]) -> bool:
+    return bool(held.get("pid_namespace") == pid_namespace())
+
+
 def _held_line(uri: str, held: dict[str, Any]) -> str:
     who = f"process {held['pid']} on {held['host']}" if held else "another process"
     return f"{uri.rsplit('/', 1)[0]} is being written by {who}; wait for it, or stop it first"
-
-
-def _boot_id() -> str:
-    path = Path("/proc/sys/kernel/random/boot_id")
-    return path.read_text().strip() if path.exists() else f"{psutil.boot_time():.0f} {os.uname().nodename}"

@@ -63,7 +63,7 @@ def temporary_beside(path: str) -> Iterator[tuple[str, IO[bytes]]]:
 
 def newest_change(base: str, besides: str) -> float | None:
     """Latest `changed_at` of the files below a folder not named `besides`; of an empty folder, its own."""
-    walked = [os.path.join(folder, name) for folder, _, names in os.walk(base) for name in names]
+    walked = [os.path.join(folder, name) for folder, _, names in _walk(base) for name in names]
     times = []
     for path in [path for path in walked if os.path.basename(path) != besides] or ([] if walked else [base]):
         with contextlib.suppress(FileNotFoundError):
@@ -79,10 +79,22 @@ def changed_at(path: str) -> float:
 
 def walk_files(base: str) -> Iterator[tuple[str, int]]:
     """(name relative to the folder, bytes) of every finished file below it, sorted within each folder."""
-    for folder, folders, names in os.walk(base):
+    for folder, folders, names in _walk(base):
         folders.sort()
         for name in sorted(names):
             if TEMPORARY not in name:
                 path = os.path.join(folder, name)
                 with contextlib.suppress(FileNotFoundError):
                     yield os.path.relpath(path, base).replace(os.sep, "/"), os.stat(path).st_size
+
+
+def _walk(base: str) -> Iterator[tuple[str, list[str], list[str]]]:
+    """`os.walk`, in which a folder that can't be listed (ESTALE, EIO) is an error: taken for empty, what is in it would
+    be made anew, or deleted.
+    """
+
+    def raise_it(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise error
+
+    return os.walk(base, onerror=raise_it)

@@ -157,7 +157,7 @@ class Store:
         """Bytes of every file below a folder, by its name relative to it; empty where there is none."""
         base = self._path(prefix) if prefix else self.root
         if self.is_local:
-            return dict(walk_files(base))
+            return self._try(prefix or None, lambda: dict(walk_files(base)))
         found = self._try(prefix or None, lambda: self.fs.find(base, detail=True))
         # S3 servers also list markers of folders.
         files = {name: info for name, info in sorted(found.items()) if info["type"] == "file" and name != base}
@@ -167,7 +167,7 @@ class Store:
         """When the newest file below a folder, not named `besides`, was written; None if there is none."""
         base = self._path(prefix)
         if self.is_local:
-            seconds = newest_change(base, besides)
+            seconds = self._try(prefix, lambda: newest_change(base, besides))
             return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
         found = self._try(prefix, lambda: self.fs.find(base, detail=True))
         times = [  # S3's listing says it; others are asked for each file

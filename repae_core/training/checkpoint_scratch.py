@@ -16,9 +16,9 @@ from pathlib import Path
 import psutil
 
 from repae_core.artifacts import StoreError
+from repae_core.artifacts.processes import boot_id, pid_namespace
 
 _NOT_WHOLE = ".part"
-_BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 def open_scratch(training: str) -> Path:
@@ -34,16 +34,14 @@ def open_scratch(training: str) -> Path:
     parent.mkdir(mode=0o700, exist_ok=True)
     if parent.lstat().st_uid != os.getuid():
         raise StoreError(f"checkpoint scratch {parent}: belongs to another user; set TMPDIR to another folder")
-    mine = f"{training}@{platform.node()}@{_boot()}@"
+    mine = f"{training}@{platform.node()}@{boot_id()}@{pid_namespace()}@"
     scratch = parent / f"{mine}{os.getpid()}"
     remove_scratch(scratch)
     scratch.mkdir()
-    for folder in parent.glob(f"*@{platform.node()}@*"):
-        pid = folder.name.rpartition("@")[2]
-        if pid.isdigit() and not _lives(int(pid)):
-            if folder.name.startswith(mine):
-                _take_over(folder, scratch)
-            remove_scratch(folder)
+    for folder in [folder for folder in parent.iterdir() if _is_of_the_dead(folder.name)]:
+        if folder.name.startswith(mine):
+            _take_over(folder, scratch)
+        remove_scratch(folder)
     return scratch
 
 
@@ -83,13 +81,15 @@ def _take_over(left: Path, scratch: Path) -> None:
             folder.rename(scratch / folder.name)
 
 
-def _lives(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE  # killed, and its parent has not looked yet
-    except psutil.NoSuchProcess:
+def _is_of_the_dead(name: str) -> bool:
+    """Whether a scratch's process is known to be gone: killed here, or running before this machine was started."""
+    _, *place, pid = name.split("@")
+    if len(place) != 3 or place[0] != platform.node() or not pid.isdigit():
         return False
-
-
-def _boot() -> str:
-    """Names the time since this machine's start: files of before it may be torn."""
-    return _BOOT.read_text().strip() if _BOOT.exists() else str(int(psutil.boot_time()))
+    if place[1] != boot_id():
+        return True
+    try:
+        alive = psutil.Process(int(pid)).status() != psutil.STATUS_ZOMBIE  # killed, and its parent has not looked yet
+    except psutil.NoSuchProcess:
+        alive = False
+    return place[2] == pid_namespace() and not alive

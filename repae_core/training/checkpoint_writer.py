@@ -240,7 +240,7 @@ class CheckpointWriter:
         if self._folder.files(name) != sizes:  # an attempt that was given up, but still runs
             raise StoreError(f"{self._folder.uri}/{name}: another process has changed it while it was written")
         if self._error is None:
-            commit_checkpoint(self._folder, name)
+            commit_checkpoint(self._folder, name, sizes)
             self._prune(before=images_seen)
 
     def _clear(self) -> None:

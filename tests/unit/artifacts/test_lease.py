@@ -68,6 +68,17 @@ def test_other_host_expires(store):
         pass
 
 
+def test_a_container_of_the_same_name_expires_like_another_host(store):
+    """Its process ids are others: that nobody has one here says nothing."""
+    apart = {"owner": "other", "pid_namespace": "1", "pid": 999999999}
+    write(store, heartbeat=time.time() - 30, **apart)
+    with pytest.raises(LeaseHeld, match="process 999999999"), Lease(store, KEY):
+        pass
+    write(store, heartbeat=time.time() - 61, **apart)
+    with Lease(store, KEY):
+        pass
+
+
 def test_lost_lease_stops_commits_and_is_left_alone(store):
     lease = Lease(store, KEY)
     with lease:

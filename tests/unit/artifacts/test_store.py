@@ -1,3 +1,4 @@
+import errno
 import os
 import socket
 import time
@@ -46,6 +47,23 @@ def test_last_change_is_of_the_newest_file_and_a_copy_with_old_times_is_new(stor
     assert store.last_change("f", besides="lease.json") == changed
     store.write_bytes("f/g/new", b"x")
     assert store.last_change("f", besides="lease.json") > changed
+
+
+@pytest.mark.parametrize("ask", [lambda store: store.files("a"), lambda store: store.last_change("a")])
+def test_a_folder_that_can_not_be_listed_is_not_empty(tmp_path, monkeypatch, ask):
+    """As a shared file system says for a moment: whoever takes it for empty deletes what he misses, or starts anew."""
+    store = Store(str(tmp_path))
+    store.write_bytes("a/b/c.bin", b"1")
+    scandir = os.scandir
+
+    def stale(path="."):
+        if str(path).endswith("/a/b"):
+            raise OSError(errno.ESTALE, "Stale file handle", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", stale)
+    with pytest.raises(StoreError, match=r"store .*: a: Stale file handle"):
+        ask(store)
 
 
 def test_delete(store):

@@ -84,11 +84,11 @@ def writer(folder: Artifact, training: str) -> CheckpointWriter:
     return CheckpointWriter(folder, state, guard=lambda: None, keep=9, training=training)
 
 
-def left_by_a_dead_process(training: str, *, host: str = "", boot: str = "") -> Path:
+def left_by_a_dead_process(training: str, *, host: str = "", boot: str = "", namespace: str = "") -> Path:
     """Its folder, with a checkpoint in it."""
     mine = open_scratch("mine").name.split("@")
     parent = Path(tempfile.gettempdir()) / f"repae-checkpoints-{os.getuid()}"
-    left = parent / "@".join([training, host or mine[1], boot or mine[2], NOBODY])
+    left = parent / "@".join([training, host or mine[1], boot or mine[2], namespace or mine[3], NOBODY])
     (left / "10").mkdir(parents=True)
     return left
 

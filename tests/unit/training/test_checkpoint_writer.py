@@ -1,6 +1,8 @@
 """The background writer: what is kept, what happens while the store is away or full, and after a lost lease."""
 
 import contextlib
+import errno
+import os
 import shutil
 import tempfile
 import threading
@@ -66,6 +68,52 @@ def test_what_a_killed_attempt_left_is_removed(folder, state):
         pass
     assert committed_checkpoints(folder) == [20]
     assert all(name.startswith("20/") for name in folder.files("checkpoints"))
+
+
+def test_a_failed_listing_removes_no_checkpoint(folder, state, monkeypatch):
+    with writer(folder, state) as first:
+        save(first, 10)
+        save(first, 20)
+    scandir, failures = os.scandir, []
+
+    def stale_once(path="."):
+        if str(path).endswith("checkpoints") and not failures:
+            failures.append(path)
+            raise OSError(errno.ESTALE, "Stale file handle", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", stale_once)
+    with pytest.raises(StoreError, match="Stale file handle"), writer(folder, state):
+        pass
+    assert committed_checkpoints(folder) == [10, 20]
+
+
+def test_what_someone_has_put_beside_the_checkpoints_is_left_alone(folder, state):
+    """A copy under another name, a file manager's notes."""
+    with writer(folder, state) as first:
+        save(first, 10)
+    for name in ("checkpoints/10.bak/commit.json", "checkpoints/.DS_Store"):
+        folder.write_bytes(name, b"{}")
+    with writer(folder, state, keep=1) as second:
+        save(second, 20)
+    assert committed_checkpoints(folder) == [20]
+    assert folder.files("checkpoints").keys() >= {"10.bak/commit.json", ".DS_Store"}
+
+
+def test_a_checkpoint_is_committed_as_its_snapshot_was(folder, state, monkeypatch):
+    """What a rival removes in the last moment is missed by whoever reads it, and not silently left out."""
+    commit = checkpoint_writer.commit_checkpoint
+
+    def with_a_rival(folder, *more):
+        folder.store.delete(folder.key("checkpoints/10/sit.safetensors"))
+        commit(folder, *more)
+
+    monkeypatch.setattr(checkpoint_writer, "commit_checkpoint", with_a_rival)
+    with writer(folder, state) as target:
+        save(target, 10)
+    names = {file["name"] for file in folder.read_json("checkpoints/10/commit.json")["files"]}
+    assert "sit.safetensors" in names
+    assert committed_checkpoints(folder) == []
 
 
 def test_an_attempt_that_was_given_up_cannot_hollow_out_its_successors_checkpoint(folder, state, tmp_path, monkeypatch):
