@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any, cast
 
+from repae_core.artifacts import StoreError
 from tasks.ray_session import RaySession, answer_of, on_this_machine
 
 Report = Callable[[dict[str, Any]], None]
@@ -44,6 +45,13 @@ class ReportFailedError(RuntimeError):
 
 class FinalInputError(FinalError, ValueError):
     """The same where the input is at fault: the user's to mend."""
+
+
+class FinalStoreError(FinalError, StoreError):
+    """The same where the store stays away: another attempt may find it again."""
+
+
+_FINAL_KINDS = {kind.__name__: kind for kind in (FinalError, FinalInputError, FinalStoreError)}
 
 
 def launch(
@@ -150,7 +158,7 @@ class _Deliveries:
         self._received, messages = answer_of(self._mailbox.read.remote(self._received), _MAILBOX_SECONDS)
         for message in messages:
             if _FINAL in message:
-                self.final.append((FinalInputError if message["bad_input"] else FinalError)(message[_FINAL]))
+                self.final.append(_FINAL_KINDS.get(message["kind"], FinalError)(message[_FINAL]))
             elif _LOGGED in message:
                 logger.error(message[_LOGGED])
             else:
@@ -233,7 +241,7 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
     try:
         result: dict[str, Any] = config["worker"](config["payload"], put)
     except FinalError as error:
-        ray.get(put({_FINAL: str(error), "bad_input": isinstance(error, FinalInputError)}), timeout=30)
+        ray.get(put({_FINAL: str(error), "kind": type(error).__name__}), timeout=30)
         raise
     return result
 

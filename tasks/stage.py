@@ -24,7 +24,7 @@ from tasks.gpus import require_gpus
 from tasks.outbox import PROGRAMMING_ERRORS
 from tasks.pipeline_run import PipelineRun, how_it_ended
 from tasks.plan import VERSIONS, PlannedStage
-from tasks.ray_launch import FinalError, WorkersFailedError
+from tasks.ray_launch import FinalError, FinalStoreError, WorkersFailedError
 from tasks.stage_log import stage_log
 from tasks.tracking import StageRun
 
@@ -112,7 +112,7 @@ def _time_limit_told(name: str) -> Iterator[None]:
 
 def may_pass(_task: Any, _task_run: Any, state: State[Any]) -> bool:
     """Whether a failed stage is worth another try: not if the input is at fault, or workers were restarted in vain."""
-    return not isinstance(state.data, _FINAL)
+    return isinstance(state.data, FinalStoreError) or not isinstance(state.data, _FINAL)
 
 
 def run_stage(run: PipelineRun, name: str, execute: Execute) -> dict[str, Any]:

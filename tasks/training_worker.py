@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from repae_core.artifacts import Artifact, LeaseLost, Store, StoreError, check_lease
-from tasks.ray_launch import FinalError, FinalInputError, preempted
+from tasks.ray_launch import FinalError, FinalInputError, FinalStoreError, preempted
 from tasks.stage_log import stage_log
 
 Report = Callable[[dict[str, Any]], None]
@@ -36,7 +36,9 @@ def final_errors(under_ray: bool) -> Iterator[None]:
     except (ValueError, StoreError, LeaseLost, ArithmeticError) as error:
         if not under_ray:
             raise
-        raise (FinalInputError if isinstance(error, ValueError) else FinalError)(str(error)) from error
+        kinds = {ValueError: FinalInputError, StoreError: FinalStoreError}
+        kind = next((final for plain, final in kinds.items() if isinstance(error, plain)), FinalError)
+        raise kind(str(error)) from error
 
 
 def _train(payload: dict[str, Any], report: Report) -> dict[str, Any]:

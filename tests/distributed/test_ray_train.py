@@ -16,7 +16,7 @@ from supervised import processes_of
 
 from repae_core.artifacts import Artifact, Store
 from repae_core.artifacts.checkpoints import committed_checkpoints
-from tasks.ray_launch import FinalError, WorkersFailedError, launch
+from tasks.ray_launch import FinalStoreError, WorkersFailedError, launch
 from tasks.ray_session import RaySession, _remove_old_sessions
 
 TWO = [f"{stage}.{field}" for stage in ("train_repae", "train_ldm") for field in ("workers=2", "cpus_per_worker=1")]
@@ -191,11 +191,11 @@ def test_failures_count_until_there_is_a_new_checkpoint(tmp_path):
     def final_worker(payload, report):
         from pathlib import Path
 
-        from tasks.ray_launch import FinalError
+        from tasks.ray_launch import FinalStoreError
 
         with Path(payload["starts"]).open("a") as file:
             file.write("f")
-        raise FinalError("flow_loss is not finite")
+        raise FinalStoreError("store x: away")
 
     def position():
         return min(len(starts.read_text()), 2) if starts.exists() else 0
@@ -206,7 +206,7 @@ def test_failures_count_until_there_is_a_new_checkpoint(tmp_path):
         with pytest.raises(WorkersFailedError):
             launch(dying_worker, {"starts": str(starts)}, position=position, **settings)
         assert starts.read_text() == "xxx"
-        with pytest.raises(FinalError, match="flow_loss is not finite"):
+        with pytest.raises(FinalStoreError, match=r"^store x: away$"):
             launch(final_worker, {"starts": str(starts)}, **settings)
         assert starts.read_text() == "xxxf"
     finally:

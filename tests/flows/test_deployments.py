@@ -9,7 +9,7 @@ from prefect.utilities.callables import parameter_schema
 from flows.deployments import FLOWS, TARGETS, deployments, prefect_yaml
 from flows.parameters import Overrides, flow_config
 from repae_core.config import STAGES, preset_names
-from tasks.ray_launch import FinalInputError, WorkersFailedError
+from tasks.ray_launch import FinalError, FinalInputError, FinalStoreError, WorkersFailedError
 from tasks.stage import may_pass
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,6 +37,8 @@ def test_every_flow_is_deployed_and_can_be_imported():
         (WorkersFailedError("three times"), False),
         (ConnectionError("MLflow away"), True),
         (OSError("store away"), True),
+        (FinalStoreError("store away for a worker"), True),
+        (FinalError("a loss is not finite"), False),
     ],
 )
 def test_only_what_may_pass_is_tried_again(error, retried):
