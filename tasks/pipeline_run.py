@@ -10,7 +10,9 @@ from datetime import UTC, datetime
 from typing import Literal
 
 from repae_core.artifacts import RunRecord, StageRecord, Store, StoreError, new_run_id, save_run
+from repae_core.artifacts.parting import at_the_end
 from repae_core.config import STAGES, PipelineConfig, section_name, stage_name
+from tasks.continuation import require_init_of_pipeline
 from tasks.display import Display
 from tasks.gpus import require_gpus_of_pipeline
 from tasks.plan import Plan, make_plan, require_scorable
@@ -103,6 +105,7 @@ def open_run(
     plan = make_plan(config, store, references=references)
     if kind == "full-pipeline":  # a single stage asks itself, if it is not skipped
         require_gpus_of_pipeline(config, plan, forced)
+        require_init_of_pipeline(config, plan)
     run_id = new_run_id()
     session, display = RaySession(), display or Display()
     try:
@@ -133,7 +136,7 @@ def _status_recorded(run: PipelineRun) -> Iterator[None]:
         yield
     except BaseException as error:
         with contextlib.suppress(StoreError):  # what ended the run is the news
-            _record_status(run, how_it_ended(error))
+            _record_status(run, how_it_ended(error), error)
         raise
     _record_status(run, "finished")
 
@@ -143,10 +146,12 @@ def how_it_ended(error: BaseException) -> Literal["failed", "cancelled"]:
     return "failed" if isinstance(error, Exception) else "cancelled"
 
 
-def _record_status(run: PipelineRun, status: Literal["failed", "cancelled", "finished"]) -> None:
+def _record_status(
+    run: PipelineRun, status: Literal["failed", "cancelled", "finished"], error: BaseException | None = None
+) -> None:
     run.record = run.record.model_copy(update={"status": status})
     try:
-        save_run(run.store, run.record)
+        at_the_end(error, lambda: save_run(run.store, run.record))
     finally:
         run.tracker.describe(_description(run.record), hurried=status == "cancelled")
         if run.record.prefect_flow_run_id:

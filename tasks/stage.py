@@ -18,6 +18,7 @@ from prefect import State, Task, task
 from prefect.cache_policies import NO_CACHE
 
 from repae_core.artifacts import Artifact, FileEntry, InputEntry, Lease, LeaseHeld, LeaseLost, StageRecord, StoreError
+from repae_core.artifacts.parting import at_the_end
 from repae_core.config import Config, PipelineConfig
 from tasks.decisions import Decision, decide, stale_input
 from tasks.gpus import require_gpus
@@ -147,7 +148,7 @@ def run_stage(run: PipelineRun, name: str, execute: Execute) -> dict[str, Any]:
         seconds = time.monotonic() - started
         ended = record.model_copy(update={"status": how_it_ended(error), "message": message, "seconds": seconds})
         with contextlib.suppress(StoreError):  # the failure itself is the news
-            run.record_stage(name, ended)
+            at_the_end(error, lambda: run.record_stage(name, ended))
         raise
     seconds = time.monotonic() - started
     finished = {"status": "made", "seconds": seconds, "mlflow_run_id": context.tracking.run_id,

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pythonjsonlogger.json import JsonFormatter
 
 from repae_core.artifacts import Artifact, StoreError
+from repae_core.artifacts.parting import at_the_end
 
 _LOGGERS = [logging.getLogger(name) for name in ("repae", "repae_core")]
 
@@ -34,10 +35,11 @@ def stage_log(
         each.setLevel(logging.INFO)
         for handler in handlers:
             each.addHandler(handler)
+    ended: BaseException | None = None
     try:
         yield
     except BaseException as error:
-        record = _ended_by(error)
+        ended, record = error, _ended_by(error)
         for handler in handlers:  # not for the terminal, which shows one line
             handler.handle(record)
         raise
@@ -46,10 +48,14 @@ def stage_log(
             for handler in handlers:
                 each.removeHandler(handler)
         with contextlib.suppress(StoreError):  # what ended the work is the news, not that its log is lost
-            file, earlier = f"logs/{name}.log", b""
-            with contextlib.suppress(FileNotFoundError):
-                earlier = artifact.read_bytes(file)
-            artifact.write_bytes(file, earlier + kept.getvalue().encode())
+            at_the_end(ended, lambda: _append(artifact, f"logs/{name}.log", kept.getvalue()))
+
+
+def _append(artifact: Artifact, file: str, lines: str) -> None:
+    earlier = b""
+    with contextlib.suppress(FileNotFoundError):
+        earlier = artifact.read_bytes(file)
+    artifact.write_bytes(file, earlier + lines.encode())
 
 
 def line_format(*, run_id: str, stage: str, rank: int | None) -> logging.Formatter:

@@ -12,9 +12,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from repae_core.artifacts import Artifact
-from repae_core.artifacts.checkpoints import committed_checkpoints, read_record, require_same_settings
+from repae_core.artifacts.checkpoints import committed_checkpoints
 from repae_core.config import TrainingConfig
 from tasks.checkpoint_scores import CheckpointScores, checkpoint_scores
+from tasks.continuation import require_continuable
 from tasks.ray_launch import launch
 from tasks.stage import StageContext
 from tasks.training_worker import artifact_reference, train_worker
@@ -93,19 +94,6 @@ def training_slot() -> Iterator[None]:
     logger.info("waiting for a slot of %s", limit)
     with concurrency(limit, occupy=1, strict=True, raise_on_lease_renewal_failure=False):
         yield
-
-
-def require_continuable(artifact: Artifact, init_from: Artifact | None, section: TrainingConfig) -> None:
-    """Before Ray waits for room for them: ValueError where other workers wrote the checkpoint to start from.
-
-    The workers themselves compare this again, and all that only they know.
-    """
-    for source in (artifact, init_from):
-        if source is not None and (found := committed_checkpoints(source)):
-            fixed = {"gradient_accumulation_steps": section.gradient_accumulation_steps}
-            record = read_record(source, found[-1])
-            require_same_settings(source, found[-1], record, workers=max(section.workers, 1), fixed=fixed)
-            return
 
 
 def training_name(artifact: Artifact) -> str:

@@ -112,6 +112,18 @@ def require_same_settings(
             )
 
 
+def require_steps_left(folder: Artifact, images_seen: int, *, steps: int, batch_size: int, another: bool) -> None:
+    """ValueError where a run of so many steps cannot go on from a checkpoint.
+
+    another: it is of another run, `init_from`, which this one continues for longer; else what is over is no error.
+    """
+    if images_seen % batch_size or (another and images_seen >= steps * batch_size):
+        raise ValueError(
+            f"{folder.uri} has seen {images_seen} images; this run of {steps} steps of {batch_size} images "
+            "must be longer, by whole batches: see init_from, batch_size and max_steps"
+        )
+
+
 def checkpoint_entries(folder: Artifact) -> list[FileEntry]:
     """Every file of the committed checkpoints, with the hash noted at the commit."""
     return [

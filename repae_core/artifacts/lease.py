@@ -8,10 +8,12 @@ import socket
 import threading
 import time
 import uuid
+from types import TracebackType
 from typing import Any, Self
 
 import psutil
 
+from repae_core.artifacts.parting import at_the_end
 from repae_core.artifacts.processes import boot_id, pid_namespace
 from repae_core.artifacts.store import Store
 
@@ -53,8 +55,11 @@ class Lease:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._stop.set()
+        at_the_end(error, self._release)
+
+    def _release(self) -> None:
         if self._thread is not None:
             self._thread.join()
         if _owner(_read(self.store, self.key)) == self.owner:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from repae_core.artifacts import Artifact
-from repae_core.artifacts.checkpoints import committed_checkpoints
+from repae_core.artifacts.checkpoints import committed_checkpoints, require_steps_left
 from repae_core.training.checkpoint import load_checkpoint
 from repae_core.training.checkpoint_writer import CheckpointWriter
 from repae_core.training.precision import at_step, largest_norms, require_finite_gradients
@@ -124,11 +124,7 @@ class TrainingLoop:
         if not seen:
             return False
         s = self.settings
-        if seen % s.batch_size or (source and seen >= s.total_steps * s.batch_size):
-            raise ValueError(
-                f"{origin.uri} has seen {seen} images; this run of {s.total_steps} steps of {s.batch_size} images "
-                "must be longer, by whole batches: see init_from, batch_size and max_steps"
-            )
+        require_steps_left(origin, seen, steps=s.total_steps, batch_size=s.batch_size, another=source is not None)
         record = load_checkpoint(origin, seen, self.state, fixed=s.fixed)
         self.history = record["history"]
         self.start_step = record["images_seen"] // s.batch_size

@@ -134,6 +134,26 @@ def test_workers_killed_while_the_store_is_away_lose_one_interval_at_most(
         server.stop()
 
 
+def test_a_cancel_does_not_wait_for_a_store_that_is_away(started, source, undisturbed, tmp_path, monkeypatch):
+    server = S3Server(tmp_path / "s3" / "data")
+    server.start()
+    try:
+        for name, value in server.variables.items():
+            monkeypatch.setenv(name, value)
+        store = f"s3://{BUCKET}/cancelled"
+        driver = started(store, **server.variables)
+        server.process.send_signal(signal.SIGSTOP)
+        driver.process.send_signal(signal.SIGINT)
+        assert driver.process.wait(timeout=30) != 0  # 8 s on an idle machine; the store's patience is 180 s
+        assert driver.left_after(5) == []
+        server.process.send_signal(signal.SIGCONT)
+        driver.run(400)
+        assert final_files(artifact(source, store)) == undisturbed
+    finally:
+        server.process.send_signal(signal.SIGCONT)
+        server.stop()
+
+
 def checkpoints_in_scratch(folder: Path) -> list[int]:
     """Images seen of the whole ones."""
     return sorted(int(path.name) for path in folder.glob("repae-checkpoints-*/*/*") if path.name.isdigit())

@@ -26,6 +26,7 @@ from tasks.plan import make_plan
 from tasks.preprocess import preprocess
 from tasks.ray_session import RaySession
 from tasks.stage_inputs import input_references
+from tasks.train_ldm import train_ldm
 from tasks.train_repae import train_repae
 
 
@@ -393,13 +394,20 @@ def test_a_finished_run_continues_for_longer(finished):
     assert tiny.contents(one)["metrics.jsonl"] == tiny.contents(other)["metrics.jsonl"]
 
 
-def test_other_workers_are_refused_before_ray_starts(finished, monkeypatch):
+@pytest.mark.parametrize(("settings", "told"), [
+    (["train_ldm.workers=2"], r"checkpoint 32 was written by 1 worker\(s\), this run has 2; set workers=1"),
+    (["train_ldm.gradient_accumulation_steps=2"], r"was written with gradient_accumulation_steps=1, this run has 2"),
+    (["train_ldm.max_steps=3"], r"has seen 32 images; this run of 3 steps of 8 images must be longer"),
+])  # fmt: skip
+def test_a_run_that_can_not_be_continued_is_refused_before_any_work(finished, monkeypatch, settings, told):
+    """By the pipeline before its first stage, by the stage before Ray starts."""
     monkeypatch.setattr(RaySession, "connect", lambda *args: pytest.fail("Ray was started"))
-    longer = ("train_ldm.max_steps=6", f"train_ldm.init_from={finished.artifact('train-ldm').fingerprint}")
-    with pytest.raises(ValueError, match=r"checkpoint 32 was written by 1 worker\(s\), this run has 2; set workers=1"):
-        finished.run(*longer, "train_ldm.workers=2")
-    with pytest.raises(ValueError, match="was written with gradient_accumulation_steps=1, this run has 2; set it to 1"):
-        finished.run(*longer, "train_ldm.workers=1", "train_ldm.gradient_accumulation_steps=2")
+    longer = ["train_ldm.max_steps=6", f"train_ldm.init_from={finished.artifact('train-ldm').fingerprint}", *settings]
+    config = finished.configure(*longer)
+    with pytest.raises(ValueError, match=f"^train_ldm.init_from: .*{told}"), open_run(config, kind="full-pipeline"):
+        pass
+    with pytest.raises(ValueError, match=told), open_run(config, kind="train-ldm") as run:
+        train_ldm.fn(run)
 
 
 def test_generation_from_the_joint_model(finished):

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import psutil
@@ -89,6 +90,15 @@ def test_lost_lease_stops_commits_and_is_left_alone(store):
     store.delete(KEY)
     with pytest.raises(LeaseLost, match="gone"):
         lease.check()
+
+
+@pytest.mark.timeout(60)
+def test_a_cancel_does_not_wait_for_a_store_that_is_away(store, monkeypatch):
+    back, lease = threading.Event(), Lease(store, KEY).__enter__()
+    monkeypatch.setattr(store, "read_json", lambda key: back.wait() and {})
+    lease.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert not back.is_set()
+    back.set()
 
 
 def test_heartbeat(store, monkeypatch):
