@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -31,6 +32,11 @@ training.relay = noted
 with open_run(tiny.config(source, store, *sets), kind=stage) as run:
     getattr(module, stage.replace("-", "_")).fn(run)
 """
+
+
+def hear_interrupts() -> None:
+    """A shell starts background jobs with SIGINT ignored, and children inherit that: CI may be such a job."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def processes_of(home: Path) -> list[psutil.Process]:
@@ -62,7 +68,11 @@ class Driver:
         variables = os.environ | self.variables | {"PYTHONPATH": paths, "REPAE_HOME": str(self.home)}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", SCRIPT, *self.arguments], env=variables, stdout=log, stderr=log
+                [sys.executable, "-c", SCRIPT, *self.arguments],
+                env=variables,
+                stdout=log,
+                stderr=log,
+                preexec_fn=hear_interrupts,
             )
 
     def run(self, seconds: float) -> float:

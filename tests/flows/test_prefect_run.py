@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import tiny
+from supervised import hear_interrupts
 
 from repae_core.artifacts import Artifact, Store, list_runs
 from repae_core.artifacts.checkpoints import committed_checkpoints
@@ -135,11 +136,6 @@ def test_a_killed_run_goes_on_from_the_last_checkpoint(place, how, request):
     history = artifact.read_bytes("metrics.jsonl").decode().splitlines()
     assert len(history) == 400
     assert servers(place) == []
-
-
-def hear_interrupts() -> None:
-    """A shell starts background jobs with SIGINT ignored, and children inherit that: CI may be such a job."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def servers(place: Path) -> list[psutil.Process]:
