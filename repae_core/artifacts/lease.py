@@ -139,7 +139,8 @@ def _owner(held: dict[str, Any] | None) -> str | None:
 
 def _why_free(held: dict[str, Any]) -> str:
     """Why a lease may be taken over; empty while its holder may live."""
-    if held["host"] == socket.gethostname() and held["boot_id"] == boot_id() and _counts_pids_as_here(held):
+    place = (held["host"], held["boot_id"], held.get("pid_namespace"))  # leases of former versions have no namespace
+    if place == (socket.gethostname(), boot_id(), pid_namespace()):
         try:
             same = abs(psutil.Process(held["pid"]).create_time() - held["pid_started"]) < 1.0
         except psutil.NoSuchProcess:
@@ -147,10 +148,6 @@ def _why_free(held: dict[str, Any]) -> str:
         return "" if same else f"its process {held['pid']} is gone"
     age = time.time() - held["heartbeat"]
     return f"no heartbeat for {age:.0f} s" if age > EXPIRY_SECONDS else ""
-
-
-def _counts_pids_as_here(held: dict[str, Any]) -> bool:
-    return bool(held.get("pid_namespace") == pid_namespace())
 
 
 def _held_line(uri: str, held: dict[str, Any]) -> str:

@@ -58,6 +58,18 @@ def undisturbed(source, tmp_path_factory) -> dict[str, bytes]:
 
 
 @pytest.fixture
+def server(tmp_path, monkeypatch):
+    """An S3 server that a test may freeze (SIGSTOP), for this process too."""
+    server = S3Server(tmp_path / "s3" / "data")
+    server.start()
+    for name, value in server.variables.items():
+        monkeypatch.setenv(name, value)
+    yield server
+    server.process.send_signal(signal.SIGCONT)
+    server.stop()
+
+
+@pytest.fixture
 def started(source, tmp_path):
     """Starts the training on a store and waits for its first checkpoint; its processes end with the test."""
     drivers = []
@@ -86,72 +98,48 @@ def test_a_worker_that_hangs_is_replaced(started, source, undisturbed, tmp_path)
     assert final_files(artifact(source, store)) == undisturbed
 
 
-def test_a_store_that_is_away_for_a_minute(started, source, undisturbed, tmp_path, monkeypatch):
+def test_a_store_that_is_away_for_a_minute(server, started, source, undisturbed):
     """The steps go on while checkpoints wait in scratch, or wait for it: no failure, no restart."""
-    server = S3Server(tmp_path / "s3" / "data")
-    server.start()
-    try:
-        for name, value in server.variables.items():
-            monkeypatch.setenv(name, value)
-        store = f"s3://{BUCKET}/minute"
-        driver = started(store, **server.variables)
-        server.process.send_signal(signal.SIGSTOP)
-        time.sleep(60)
-        server.process.send_signal(signal.SIGCONT)
-        assert driver.process.wait(timeout=400) == 0, driver.log.read_text()[-3000:]
-        assert "starting again" not in driver.log.read_text()
-        assert final_files(artifact(source, store)) == undisturbed
-    finally:
-        server.process.send_signal(signal.SIGCONT)
-        server.stop()
+    store = f"s3://{BUCKET}/minute"
+    driver = started(store, **server.variables)
+    server.process.send_signal(signal.SIGSTOP)
+    time.sleep(60)
+    server.process.send_signal(signal.SIGCONT)
+    assert driver.process.wait(timeout=400) == 0, driver.log.read_text()[-3000:]
+    assert "starting again" not in driver.log.read_text()
+    assert final_files(artifact(source, store)) == undisturbed
 
 
 def test_workers_killed_while_the_store_is_away_lose_one_interval_at_most(
-    started, source, undisturbed, tmp_path, short_tmp, monkeypatch
+    server, started, source, undisturbed, short_tmp
 ):
     """What waits in scratch is committed by the workers that start in their place."""
-    server = S3Server(tmp_path / "s3" / "data")
-    server.start()
-    try:
-        for name, value in server.variables.items():
-            monkeypatch.setenv(name, value)
-        store = f"s3://{BUCKET}/killed"
-        cached = "train_repae.shard_cache_gib=1"  # else the steps wait for images
-        driver = started(store, cached, TMPDIR=str(short_tmp), **server.variables)
-        server.process.send_signal(signal.SIGSTOP)
-        wait_for(driver, lambda: len(checkpoints_in_scratch(short_tmp)) == 2)
-        for worker in driver.workers():
-            worker.kill()
-        waiting = checkpoints_in_scratch(short_tmp)
-        server.process.send_signal(signal.SIGCONT)
-        assert driver.process.wait(timeout=400) == 0, driver.log.read_text()[-3000:]
-        log = artifact(source, store).read_bytes("logs/rank0.log").decode()
-        assert f"checkpoint {waiting[-1]} had waited in scratch when its process was killed" in log
-        assert f"continued from checkpoint {waiting[-1]} " in log
-        assert final_files(artifact(source, store)) == undisturbed
-    finally:
-        server.process.send_signal(signal.SIGCONT)
-        server.stop()
+    store = f"s3://{BUCKET}/killed"
+    cached = "train_repae.shard_cache_gib=1"  # else the steps wait for images
+    driver = started(store, cached, TMPDIR=str(short_tmp), **server.variables)
+    server.process.send_signal(signal.SIGSTOP)
+    wait_for(driver, lambda: len(checkpoints_in_scratch(short_tmp)) == 2)
+    for worker in driver.workers():
+        worker.kill()
+    waiting = checkpoints_in_scratch(short_tmp)
+    server.process.send_signal(signal.SIGCONT)
+    assert driver.process.wait(timeout=400) == 0, driver.log.read_text()[-3000:]
+    log = artifact(source, store).read_bytes("logs/rank0.log").decode()
+    assert f"checkpoint {waiting[-1]} had waited in scratch when its process was killed" in log
+    assert f"continued from checkpoint {waiting[-1]} " in log
+    assert final_files(artifact(source, store)) == undisturbed
 
 
-def test_a_cancel_does_not_wait_for_a_store_that_is_away(started, source, undisturbed, tmp_path, monkeypatch):
-    server = S3Server(tmp_path / "s3" / "data")
-    server.start()
-    try:
-        for name, value in server.variables.items():
-            monkeypatch.setenv(name, value)
-        store = f"s3://{BUCKET}/cancelled"
-        driver = started(store, **server.variables)
-        server.process.send_signal(signal.SIGSTOP)
-        driver.process.send_signal(signal.SIGINT)
-        assert driver.process.wait(timeout=30) != 0  # the store's patience is 180 s
-        assert driver.left_after(5) == []
-        server.process.send_signal(signal.SIGCONT)
-        driver.run(400)
-        assert final_files(artifact(source, store)) == undisturbed
-    finally:
-        server.process.send_signal(signal.SIGCONT)
-        server.stop()
+def test_a_cancel_does_not_wait_for_a_store_that_is_away(server, started, source, undisturbed):
+    store = f"s3://{BUCKET}/cancelled"
+    driver = started(store, **server.variables)
+    server.process.send_signal(signal.SIGSTOP)
+    driver.process.send_signal(signal.SIGINT)
+    assert driver.process.wait(timeout=30) != 0  # the store's patience is 180 s
+    assert driver.left_after(5) == []
+    server.process.send_signal(signal.SIGCONT)
+    driver.run(400)
+    assert final_files(artifact(source, store)) == undisturbed
 
 
 def checkpoints_in_scratch(folder: Path) -> list[int]:
