@@ -13,6 +13,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from typing import Any, cast
 
 from repae_core.artifacts import StoreError
@@ -119,12 +120,13 @@ def _fit(
     config = {"worker": worker, "payload": payload, "mailbox": mailbox, "folder": os.getcwd()}
     with tempfile.TemporaryDirectory(prefix="repae-ray-", ignore_cleanup_errors=True) as scratch:
         fit = on_this_machine(_run_trainer).remote(config, scratch, workers=workers, cpus=cpus, gpus=gpus)
+        fitted: Future[dict[str, Any]] = fit.future()  # not `ray.wait`: see `answer_of`
         try:
-            while not ray.wait([fit], timeout=0)[0]:
+            while not fitted.done():
                 deliveries.look()
-                time.sleep(_POLL_SECONDS)  # not in `ray.wait`, which swallows the exception of a cancel
+                wait([fitted], _POLL_SECONDS)
             deliveries.look(_LAST_LOOKS)
-            return cast(dict[str, Any], ray.get(fit))
+            return fitted.result()
         except ReportFailedError:
             raise
         except Exception as error:
@@ -149,7 +151,7 @@ class _Deliveries:
         import ray
 
         for _ in range(attempts):
-            with contextlib.suppress(ray.exceptions.RayError):
+            with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
                 self._deliver()
                 return
             time.sleep(_POLL_SECONDS)
@@ -241,7 +243,7 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
     try:
         result: dict[str, Any] = config["worker"](config["payload"], put)
     except FinalError as error:
-        ray.get(put({_FINAL: str(error), "kind": type(error).__name__}), timeout=30)
+        answer_of(put({_FINAL: str(error), "kind": type(error).__name__}), _MAILBOX_SECONDS)
         raise
     return result
 

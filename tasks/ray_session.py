@@ -199,17 +199,12 @@ def _kill(processes: Iterable[psutil.Process]) -> None:
 
 
 def answer_of(reference: Any, seconds: float) -> Any:
-    """`ray.get`, in which a cancel is heard: while Ray itself waits it swallows the exception.
+    """`ray.get` in which a cancel is heard: Ray's own waits look for signals themselves and make a SystemError of it.
 
     Raises:
-        GetTimeoutError: no answer within so many seconds.
+        TimeoutError: no answer within so many seconds.
     """
-    import ray
-
-    until = time.monotonic() + seconds
-    while not ray.wait([reference], timeout=0)[0] and time.monotonic() < until:
-        time.sleep(_LOOK_SECONDS)
-    return ray.get(reference, timeout=0)
+    return reference.future().result(seconds)
 
 
 def on_this_machine(function: Callable[..., Any]) -> Any:

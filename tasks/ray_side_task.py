@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from typing import Any, cast
 
 from tasks.ray_launch import root_cause
@@ -20,27 +21,20 @@ class SideTask:
     """Work in the cluster that nothing waits for; at the end of the session it is gone."""
 
     def __init__(self, reference: Any) -> None:
-        self._reference = reference
+        self._reference, self._connection = reference, _connection()
+        self._returned: Future[dict[str, Any]] = reference.future()  # stays pending when the cluster ends
 
     def done(self, seconds: float = 0.0) -> bool:
         """Whether it has ended, well or not; waits up to so many seconds."""
         deadline = time.monotonic() + seconds
-        while not self._ended():
+        while not (ended := self._returned.done() or _connection() != self._connection):
             if time.monotonic() >= deadline:
-                return False
-            time.sleep(_POLL_SECONDS)  # not in `ray.wait`, which swallows the exception of a cancel
-        return True
-
-    def _ended(self) -> bool:
-        import ray
-
-        try:
-            return not ray.is_initialized() or bool(ray.wait([self._reference], timeout=0)[0])
-        except Exception:  # its cluster was made anew
-            return True
+                break
+            wait([self._returned], _POLL_SECONDS)
+        return ended
 
     def result(self) -> dict[str, Any]:
-        """What it returned.
+        """What it returned, when it is done.
 
         Raises:
             RuntimeError: it failed; the first line of the cause.
@@ -48,10 +42,10 @@ class SideTask:
         """
         import ray
 
-        if not ray.is_initialized():  # `ray.get` might start a cluster of its own
+        if not self._returned.done():
             raise LostError("its Ray cluster has ended")
         try:
-            return cast(dict[str, Any], ray.get(self._reference, timeout=10))
+            return self._returned.result()
         except ray.exceptions.RayTaskError as error:
             raise RuntimeError(root_cause(error)) from error
         except Exception as error:
@@ -86,3 +80,13 @@ def start_beside(
         return SideTask(remote.remote(payload))
     except Exception as error:
         raise RuntimeError(root_cause(error)) from error
+
+
+def _connection() -> tuple[str, str] | None:
+    """Which cluster this process is connected to, and for the how-manieth time; None: to none."""
+    import ray
+
+    if not ray.is_initialized():
+        return None
+    context = ray.get_runtime_context()
+    return context.get_node_id(), context.get_job_id()

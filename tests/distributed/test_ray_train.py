@@ -5,14 +5,12 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 
 import psutil
 import pytest
 import tiny
-from supervised import processes_of
 
 from repae_core.artifacts import Artifact, Store
 from repae_core.artifacts.checkpoints import committed_checkpoints
@@ -114,38 +112,6 @@ def test_launch_reports_results_and_the_cause_of_failures():
         session.close()
     assert [message["seen"] for message in seen] == [1, 2, 2, 3]  # every rank reports
     assert {message["rank"] for message in seen[1:3]} == {"0", "1"}
-
-
-CANCELLED = """
-import os, signal, sys, threading
-from tasks.ray_session import RaySession
-
-class Cancel(BaseException):
-    pass
-
-def cancelled(*_):
-    raise Cancel
-
-signal.signal(signal.SIGTERM, cancelled)
-threading.Timer(float(sys.argv[1]), os.kill, (os.getpid(), signal.SIGTERM)).start()
-session = RaySession()
-session.connect(2)
-threading.Event().wait(60)
-"""
-
-
-@pytest.mark.parametrize("delay", [1, 4, 15])
-def test_a_cancel_is_heard_while_ray_starts_and_later(delay, tmp_path):
-    """Ray itself makes an exit of it, once its services are up, and leaves some of them for a while."""
-    environment = os.environ | {"REPAE_HOME": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", CANCELLED, str(delay)], env=environment, stderr=subprocess.PIPE, text=True, timeout=60
-    )
-    assert done.stderr.strip().endswith("Cancel"), done.stderr
-    deadline = time.monotonic() + 10
-    while (left := processes_of(tmp_path)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert [process.cmdline() for process in left] == []
 
 
 def test_workers_that_die_at_their_start_are_failures():
