@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 from repae_core.artifacts import Artifact, StoreError
+from repae_core.artifacts.artifact import LOGS
 from repae_core.artifacts.checkpoints import committed_checkpoints
 from repae_core.config import TrainingConfig
 from tasks.ray_side_task import LostError, SideTask, start_beside
@@ -15,6 +16,7 @@ from tasks.training_worker import artifact_reference, score_worker
 
 logger = logging.getLogger("repae")
 
+_PREFIX = "scores-"
 _LAST_SECONDS = 600.0  # the score of the last checkpoint is waited for
 
 
@@ -31,8 +33,11 @@ class CheckpointScores:
         self._every = section.score_every * section.batch_size  # images
         self._running: tuple[int, SideTask] | None = None
         self._lost = 0  # whose score did not come to an end
-        # A score that ran when an earlier attempt died is made again.
-        self._started = next(filter(self._scored, sorted(self._due(), reverse=True)), 0)
+        # A score that ran when an earlier attempt died is made again; one that it had not sent yet is sent.
+        scored = _scored(context.artifact)
+        self._started = max(scored, default=0)
+        for seen, scores in scored.items():
+            self._log(seen, scores)
 
     def look(self, images_seen: int) -> None:
         """Take a finished score, start the one that is due at this position of the training."""
@@ -89,16 +94,16 @@ class CheckpointScores:
         except RuntimeError as error:
             logger.warning("no score of checkpoint %d: %s", images_seen, error)
             return
-        self._context.tracking.log_metrics({f"score/{name}": value for name, value in scores.items()}, images_seen)
         self._context.artifact.write_json(_file(images_seen), scores)
+        self._log(images_seen, scores)
         logger.info("checkpoint %d, %d samples: %s", images_seen, self._section.score_images,
                     ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))  # fmt: skip
 
     def _due(self) -> list[int]:
         return [seen for seen in committed_checkpoints(self._context.artifact) if seen % self._every == 0]
 
-    def _scored(self, images_seen: int) -> bool:
-        return self._context.artifact.exists(_file(images_seen))
+    def _log(self, images_seen: int, scores: dict[str, float]) -> None:
+        self._context.tracking.log_metrics({f"score/{name}": value for name, value in scores.items()}, images_seen)
 
     def _payload(self, images_seen: int) -> dict[str, Any]:
         context = self._context
@@ -137,4 +142,13 @@ def checkpoint_scores(context: StageContext) -> CheckpointScores | None:
 
 
 def _file(images_seen: int) -> str:
-    return f"logs/scores-{images_seen:09d}.json"
+    return f"{LOGS}{_PREFIX}{images_seen:09d}.json"
+
+
+def _scored(artifact: Artifact) -> dict[int, dict[str, float]]:
+    """Scores by images seen."""
+    files = [name for name in artifact.files(LOGS.rstrip("/")) if name.startswith(_PREFIX)]
+    scores = artifact.read_all_json([f"{LOGS}{name}" for name in files])
+    return {
+        int(name.removeprefix(_PREFIX).removesuffix(".json")): found for name, found in zip(files, scores, strict=True)
+    }

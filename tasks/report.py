@@ -11,6 +11,7 @@ from typing import Any
 import jinja2
 
 from repae_core.artifacts import Artifact, RunRecord, StageRecord, Store
+from repae_core.artifacts.history import METRICS, read_rows
 from repae_core.config import STAGES
 from tasks.sweep_page import sweep_section
 
@@ -95,9 +96,9 @@ def _previews(artifact: Artifact) -> list[dict[str, str | None]]:
 
 def _curves(artifact: Artifact, groups: tuple[tuple[str, ...], ...]) -> str | None:
     """Loss curves against images seen, as inline SVG."""
-    if not artifact.exists("metrics.jsonl"):
+    rows = read_rows(artifact, METRICS)
+    if not rows:
         return None
-    rows = [json.loads(line) for line in artifact.read_bytes("metrics.jsonl").decode().splitlines()]
     import matplotlib as mpl
 
     mpl.use("svg")

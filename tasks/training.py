@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import json
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,6 +12,7 @@ from typing import Any
 
 from repae_core.artifacts import Artifact
 from repae_core.artifacts.checkpoints import committed_checkpoints
+from repae_core.artifacts.history import METRICS, PERFORMANCE, read_rows
 from repae_core.config import TrainingConfig
 from tasks.checkpoint_scores import CheckpointScores, checkpoint_scores
 from tasks.continuation import require_continuable
@@ -127,9 +127,7 @@ def relay(context: StageContext, message: dict[str, Any]) -> None:
     for name, file in message["previews"].items():
         context.tracking.log_picture(functools.partial(context.artifact.read_bytes, file), name, seen)
     if metrics:
-        phases = {f"seconds/{phase}": seconds for phase, seconds in message["phases"].items()}
-        lost = {"checkpoint_seconds": message["checkpoint_seconds"]}
-        context.tracking.log_metrics(metrics | message["throughput"] | lost | phases, seen)
+        context.tracking.log_metrics(metrics | message["performance"], seen)
 
 
 def log_history(context: StageContext, rows: Iterable[Mapping[str, float]]) -> None:
@@ -140,8 +138,8 @@ def log_history(context: StageContext, rows: Iterable[Mapping[str, float]]) -> N
 
 def complete_log(context: StageContext) -> None:
     """When training is over: whatever of its curves and pictures MLflow may have missed while it was away."""
-    history = context.artifact.read_bytes("metrics.jsonl").decode().splitlines()
-    log_history(context, map(json.loads, history))
+    for file in (METRICS, PERFORMANCE):
+        log_history(context, read_rows(context.artifact, file))
     for file in sorted(context.artifact.files("previews")):
         images, _, name = file.removesuffix(".png").partition("-")
         read = functools.partial(context.artifact.read_bytes, f"previews/{file}")

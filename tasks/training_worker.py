@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from repae_core.artifacts import Artifact, LeaseLost, Store, StoreError, check_lease
+from repae_core.artifacts.history import METRICS, as_lines
 from tasks.ray_launch import FinalError, FinalInputError, FinalStoreError, preempted
 from tasks.stage_log import stage_log
 
@@ -67,8 +67,7 @@ def _train(payload: dict[str, Any], report: Report) -> dict[str, Any]:
             training=payload["training"],
         )
     if group.is_main:
-        lines = "".join(f"{json.dumps(row)}\n" for row in history)
-        folder.write_bytes("metrics.jsonl", lines.encode())
+        folder.write_bytes(METRICS, as_lines(history))
     return {"images_seen": section.total_steps * section.batch_size, "last": history[-1] if history else {}}
 
 

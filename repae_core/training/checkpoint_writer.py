@@ -114,7 +114,7 @@ class CheckpointWriter:
                 if self._thread is not None:
                     self._queue.put(functools.partial(self._commit, finish(folder)))
 
-    def write(self, files: Mapping[str, bytes], receipt: Any) -> None:
+    def write(self, files: Mapping[str, bytes], receipt: Any = None) -> None:
         """Small files, written after what was saved before; `take_receipts` gives `receipt` once they are there.
 
         Raises:
@@ -122,7 +122,7 @@ class CheckpointWriter:
         """
         if self._thread is None or not files:
             return
-        folder = unfinished(self._scratch, f"files-{uuid.uuid4().hex}")
+        folder = unfinished(self._scratch, f"files-{time.time_ns()}")  # a successor writes them in this order
         with self._timed(), self._disk_errors():
             for name, content in files.items():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)

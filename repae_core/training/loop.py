@@ -7,7 +7,6 @@ seen), so a run that starts from a checkpoint continues as if it had not stopped
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import math
 import time
@@ -19,6 +18,7 @@ import torch
 
 from repae_core.artifacts import Artifact
 from repae_core.artifacts.checkpoints import committed_checkpoints, require_steps_left
+from repae_core.artifacts.history import PERFORMANCE, as_lines, read_rows
 from repae_core.training.checkpoint import load_checkpoint
 from repae_core.training.checkpoint_writer import CheckpointWriter
 from repae_core.training.precision import at_step, largest_norms, require_finite_gradients
@@ -36,9 +36,8 @@ class Progress:
     """What a run reports on its way: position, speed, the metrics logged now, pictures written now.
 
     history: once, when a run continues: every row logged before, for those who have missed some.
-    throughput: see ThroughputMeter.read; with metrics only.
-    checkpoint_seconds: that training has lost to checkpoints since it started or continued.
-    phases: seconds a step by phase, mean since the last report of metrics.
+    performance: with metrics only: what ThroughputMeter.read gives, `seconds/<phase>` of a step (mean since the last
+    report of metrics), and `checkpoint_seconds` that training has lost since it started or continued.
     """
 
     step: int
@@ -46,9 +45,7 @@ class Progress:
     images_seen: int
     metrics: dict[str, float] = field(default_factory=dict)
     previews: dict[str, str] = field(default_factory=dict)  # picture name -> file in the stage's folder
-    checkpoint_seconds: float = 0.0
-    phases: dict[str, float] = field(default_factory=dict)
-    throughput: dict[str, float] = field(default_factory=dict)
+    performance: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -106,6 +103,7 @@ class TrainingLoop:
         self.preempted = preempted
         self.training = training
         self.history: list[dict[str, float]] = []
+        self.performance: list[dict[str, float]] = []  # beside the checkpoints, which are the same in every run
         self.start_step = 0
         self.watchdog: StepWatchdog | None = None
 
@@ -128,8 +126,10 @@ class TrainingLoop:
         record = load_checkpoint(origin, seen, self.state, fixed=s.fixed)
         self.history = record["history"]
         self.start_step = record["images_seen"] // s.batch_size
+        if source is None and group.is_main:
+            self.performance = [row for row in read_rows(self.folder, PERFORMANCE) if row["images_seen"] <= seen]
         logger.info("continued from checkpoint %d of %s", seen, origin.uri)
-        self.report(Progress(self.start_step, s.total_steps, seen, history=self.history))
+        self.report(Progress(self.start_step, s.total_steps, seen, history=self.history + self.performance))
         return True
 
     def run(
@@ -160,6 +160,7 @@ class TrainingLoop:
                 if meter:
                     meter.mark(done)
                 logged = self._log(done, metrics) if done % s.log_every == 0 or last else {}
+                performance = self._measured(done, writer.seconds, meter) if logged else {}
                 due = s.preview_every and (last or done % s.preview_every == 0)
                 if preview and due:
                     self._send_pictures(writer, done, preview)
@@ -169,6 +170,7 @@ class TrainingLoop:
                     with at_step(done):
                         require_finite_gradients(norms, self.state.networks())
                     norms = {}
+                    writer.write({PERFORMANCE: as_lines(self.performance)})
                     writer.save(self.record | {"images_seen": done * s.batch_size, "history": self.history})
                 if leaving:
                     logger.warning("this machine is about to be taken away: checkpoint at step %d", done)
@@ -179,7 +181,8 @@ class TrainingLoop:
                 self._report_written(writer)
                 if logged or time.monotonic() - last_report > 2.0:
                     last_report = time.monotonic()
-                    self._report_step(done, logged, writer.seconds, meter)
+                    with self.state.timer("logging"):
+                        self.report(Progress(done, s.total_steps, done * s.batch_size, logged, performance=performance))
         self._report_written(writer)
         if self.state.group.is_main and self.start_step < s.total_steps:
             logger.info("%.1f s lost to checkpoints", writer.seconds)
@@ -246,15 +249,10 @@ class TrainingLoop:
         self.history.append({"step": done, "images_seen": done * self.settings.batch_size, **logged})
         return logged
 
-    def _report_step(
-        self, done: int, logged: dict[str, float], checkpoint_seconds: float, meter: ThroughputMeter | None
-    ) -> None:
-        """Position; with metrics also seconds a step by phase since the last log, and the throughput."""
-        s = self.settings
-        progress = Progress(done, s.total_steps, done * s.batch_size, logged, {}, checkpoint_seconds)
-        if logged:
-            steps = min((done - 1) % s.log_every + 1, done - self.start_step)
-            phases = {phase: seconds / steps for phase, seconds in self.state.timer.take().items()}
-            progress = dataclasses.replace(progress, phases=phases, throughput=meter.read() if meter else {})
-        with self.state.timer("logging"):
-            self.report(progress)
+    def _measured(self, done: int, checkpoint_seconds: float, meter: ThroughputMeter | None) -> dict[str, float]:
+        """See Progress; each phase's seconds are those since the last call."""
+        steps = min((done - 1) % self.settings.log_every + 1, done - self.start_step)
+        phases = {f"seconds/{phase}": seconds / steps for phase, seconds in self.state.timer.take().items()}
+        measured = (meter.read() if meter else {}) | phases | {"checkpoint_seconds": checkpoint_seconds}
+        self.performance.append({"step": done, "images_seen": done * self.settings.batch_size, **measured})
+        return measured

@@ -105,12 +105,15 @@ def context(tmp_path) -> SimpleNamespace:
 
 @pytest.mark.parametrize("scored", [True, False])
 def test_a_score_that_ran_when_its_driver_died_is_made_again(context, monkeypatch, scored):
-    artifact, started = context.artifact, []
+    """And one that was not in MLflow yet is sent."""
+    artifact, started, logged = context.artifact, [], []
+    context.tracking = SimpleNamespace(log_metrics=lambda values, images_seen: logged.append((images_seen, values)))
     if scored:
-        artifact.write_json("logs/scores-000000064.json", {})
+        artifact.write_json("logs/scores-000000064.json", {"fd_digits": 3.5})
     monkeypatch.setattr(checkpoint_scores, "start_beside", lambda work, payload, **_: started.append(payload))
     CheckpointScores(context, artifact).look(64)
     assert [payload["images_seen"] for payload in started] == ([] if scored else [64])
+    assert logged == ([(64, {"score/fd_digits": 3.5})] if scored else [])
 
 
 def test_a_score_that_went_with_its_cluster_is_made_once_more(context, monkeypatch, home):
