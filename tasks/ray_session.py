@@ -26,6 +26,7 @@ _QUIET = {
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "60",  # a frozen process; Ray's default is ten minutes
     "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "300",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "604800",  # of waiting for room, which is no failure: see `require_room`
+    "RAY_task_events_shutdown_flush_timeout_ms": "500",  # of statistics; else 5 s of a cancel: Prefect ends all at once
     "RAY_worker_niceness": "0",  # Ray's 15 would starve the training on a busy machine
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
