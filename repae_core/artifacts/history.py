@@ -17,7 +17,14 @@ def as_lines(rows: Iterable[Mapping[str, float]]) -> bytes:
 
 
 def read_rows(artifact: Artifact, name: str) -> list[dict[str, float]]:
-    """The rows of METRICS or PERFORMANCE; none where the file is not there."""
+    """The rows of METRICS or PERFORMANCE; none where the file is not there.
+
+    Raises:
+        ValueError: the file is damaged; names it.
+    """
     if not artifact.exists(name):
         return []
-    return [json.loads(line) for line in artifact.read_bytes(name).decode().splitlines()]
+    try:
+        return [json.loads(line) for line in artifact.read_bytes(name).decode().splitlines()]
+    except ValueError as error:
+        raise ValueError(f"{artifact.uri}/{name} is damaged and may be removed: {error}") from None

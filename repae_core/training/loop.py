@@ -7,6 +7,7 @@ seen), so a run that starts from a checkpoint continues as if it had not stopped
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 import time
@@ -159,19 +160,16 @@ class TrainingLoop:
                 last = done == s.total_steps
                 if meter:
                     meter.mark(done)
-                logged = self._log(done, metrics) if done % s.log_every == 0 or last else {}
-                performance = self._measured(done, writer.seconds, meter) if logged else {}
+                log = done % s.log_every == 0 or last
+                progress = self._progress(done, metrics if log else {}, writer.seconds, meter)
                 due = s.preview_every and (last or done % s.preview_every == 0)
                 if preview and due:
                     self._send_pictures(writer, done, preview)
                 before, announced = announced, self.preempted()
                 leaving = announced and not before
                 if leaving or done % s.checkpoint_every == 0 or last:
-                    with at_step(done):
-                        require_finite_gradients(norms, self.state.networks())
+                    self._save(writer, done, norms)
                     norms = {}
-                    writer.write({PERFORMANCE: as_lines(self.performance)})
-                    writer.save(self.record | {"images_seen": done * s.batch_size, "history": self.history})
                 if leaving:
                     logger.warning("this machine is about to be taken away: checkpoint at step %d", done)
                     writer.flush()
@@ -179,10 +177,10 @@ class TrainingLoop:
                 if self.watchdog:
                     self.watchdog.beat()
                 self._report_written(writer)
-                if logged or time.monotonic() - last_report > 2.0:
+                if progress.metrics or time.monotonic() - last_report > 2.0:
                     last_report = time.monotonic()
                     with self.state.timer("logging"):
-                        self.report(Progress(done, s.total_steps, done * s.batch_size, logged, performance=performance))
+                        self.report(progress)
         self._report_written(writer)
         if self.state.group.is_main and self.start_step < s.total_steps:
             logger.info("%.1f s lost to checkpoints", writer.seconds)
@@ -199,6 +197,13 @@ class TrainingLoop:
             keep_every=s.keep_checkpoints_every * s.batch_size,
             waiting=s.checkpoint_queue,
         )
+
+    def _save(self, writer: CheckpointWriter, done: int, norms: Metrics) -> None:
+        """What was measured goes first: a run that continues knows it up to its checkpoint."""
+        with at_step(done):
+            require_finite_gradients(norms, self.state.networks())
+        writer.write({PERFORMANCE: as_lines(self.performance)})
+        writer.save(self.record | {"images_seen": done * self.settings.batch_size, "history": self.history})
 
     def _send_pictures(self, writer: CheckpointWriter, done: int, preview: Callable[[int], dict[str, bytes]]) -> None:
         """Written in the background, before any later checkpoint: a run that continues has lost none."""
@@ -249,10 +254,17 @@ class TrainingLoop:
         self.history.append({"step": done, "images_seen": done * self.settings.batch_size, **logged})
         return logged
 
-    def _measured(self, done: int, checkpoint_seconds: float, meter: ThroughputMeter | None) -> dict[str, float]:
-        """See Progress; each phase's seconds are those since the last call."""
-        steps = min((done - 1) % self.settings.log_every + 1, done - self.start_step)
+    def _progress(
+        self, done: int, metrics: Metrics, checkpoint_seconds: float, meter: ThroughputMeter | None
+    ) -> Progress:
+        """Position; with metrics also their values and what was measured, which join the rows kept."""
+        s = self.settings
+        progress = Progress(done, s.total_steps, done * s.batch_size)
+        if not metrics:
+            return progress
+        logged = self._log(done, metrics)
+        steps = min((done - 1) % s.log_every + 1, done - self.start_step)
         phases = {f"seconds/{phase}": seconds / steps for phase, seconds in self.state.timer.take().items()}
         measured = (meter.read() if meter else {}) | phases | {"checkpoint_seconds": checkpoint_seconds}
-        self.performance.append({"step": done, "images_seen": done * self.settings.batch_size, **measured})
-        return measured
+        self.performance.append({"step": done, "images_seen": progress.images_seen, **measured})
+        return dataclasses.replace(progress, metrics=logged, performance=measured)
