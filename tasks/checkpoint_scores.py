@@ -82,19 +82,22 @@ class CheckpointScores:
 
     def _take(self) -> None:
         assert self._running is not None
-        (images_seen, task), self._running = self._running, None
+        images_seen, task = self._running
         try:
             scores = task.result()
         except LostError as error:
+            self._running = None
             logger.warning("no score of checkpoint %d: %s", images_seen, error)
             task.cancel()
             if images_seen != self._lost:  # once more
                 self._lost, self._started = images_seen, images_seen - self._every
             return
         except RuntimeError as error:
+            self._running = None
             logger.warning("no score of checkpoint %d: %s", images_seen, error)
             return
-        self._context.artifact.write_json(_file(images_seen), scores)
+        self._context.artifact.write_json(_file(images_seen), scores)  # again at the next look, if the store is away
+        self._running = None
         self._log(images_seen, scores)
         logger.info("checkpoint %d, %d samples: %s", images_seen, self._section.score_images,
                     ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))  # fmt: skip
@@ -147,8 +150,11 @@ def _file(images_seen: int) -> str:
 
 def _scored(artifact: Artifact) -> dict[int, dict[str, float]]:
     """Scores by images seen."""
-    files = [name for name in artifact.files(LOGS.rstrip("/")) if name.startswith(_PREFIX)]
-    scores = artifact.read_all_json([f"{LOGS}{name}" for name in files])
-    return {
-        int(name.removeprefix(_PREFIX).removesuffix(".json")): found for name, found in zip(files, scores, strict=True)
-    }
+    scored = {}
+    for name in artifact.files(LOGS.rstrip("/")):
+        if name.startswith(_PREFIX):
+            try:
+                scored[int(name.removeprefix(_PREFIX).removesuffix(".json"))] = artifact.read_json(f"{LOGS}{name}")
+            except ValueError as error:
+                logger.warning("a score is left out: %s", error)
+    return scored

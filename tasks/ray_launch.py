@@ -13,11 +13,11 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable
-from concurrent.futures import Future, wait
 from typing import Any, cast
 
 from repae_core.artifacts import StoreError
-from tasks.ray_session import RaySession, answer_of, on_this_machine
+from tasks.ray_answer import Answer, answer_of
+from tasks.ray_session import RaySession, on_this_machine
 
 Report = Callable[[dict[str, Any]], None]
 Worker = Callable[[dict[str, Any], Report], dict[str, Any]]  # (payload, report) -> result of rank 0
@@ -120,13 +120,12 @@ def _fit(
     config = {"worker": worker, "payload": payload, "mailbox": mailbox, "folder": os.getcwd()}
     with tempfile.TemporaryDirectory(prefix="repae-ray-", ignore_cleanup_errors=True) as scratch:
         fit = on_this_machine(_run_trainer).remote(config, scratch, workers=workers, cpus=cpus, gpus=gpus)
-        fitted: Future[dict[str, Any]] = fit.future()  # not `ray.wait`: see `answer_of`
+        fitted = Answer(fit)
         try:
-            while not fitted.done():
+            while not fitted.here(_POLL_SECONDS):
                 deliveries.look()
-                wait([fitted], _POLL_SECONDS)
             deliveries.look(_LAST_LOOKS)
-            return fitted.result()
+            return cast(dict[str, Any], fitted.value())
         except ReportFailedError:
             raise
         except Exception as error:

@@ -12,12 +12,15 @@ import socket
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any, cast
 
 import psutil
+
+from tasks.ray_answer import answer_of
 
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -39,10 +42,11 @@ logger = logging.getLogger("repae")
 _PROBE_SECONDS = 10.0
 _ANSWER_SECONDS = 30.0  # a busy machine takes seconds to start the process that answers
 _HEAD_SECONDS = 120.0  # a restarted Ray head is waited for
-_CANCEL_SECONDS = 2.0  # for a start that is under way; a cancelled run must be gone within 15 s
+_CANCEL_SECONDS = 8.0  # for a start that is under way; a cancelled run must be gone within 15 s
 _INTERRUPT_SECONDS = 30.0  # the same in a process that stays: Ray ends one whose services are gone, a minute later
 _LOOK_SECONDS = 0.01
-_EXIT_SECONDS = 5.0  # for processes whose cluster has ended
+_MARK = "REPAE_RAY_CLUSTER"  # in the environment of what belongs to a private cluster
+_GRACE_SECONDS = 0.5  # for a private cluster to end in order
 _KEPT_SECONDS = 7 * 86400.0  # that logs of private clusters are kept
 
 
@@ -75,6 +79,7 @@ class RaySession:
             # one listens on every interface.
             os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         self._closed = threading.Event()
+        os.environ[_MARK] = uuid.uuid4().hex
         context = _init_ray(
             self._closed,
             address=given,
@@ -133,22 +138,17 @@ class RaySession:
     def close(self) -> None:
         """End the session, and the private cluster with it."""
         if self.address is not None:
-            import ray
-
-            started = [] if os.environ.get("RAY_ADDRESS") else _ray_processes()
-            with _signal_handlers_kept():
-                ray.shutdown()
+            _shut_down()
             self.address = None
             self._closed.set()
-            # Seen: a worker that had shut down hung in its process's exit and kept 800 MB; an agent stayed for 15 s.
-            _kill(psutil.wait_procs(started, timeout=_EXIT_SECONDS)[1])
 
 
 def _init_ray(closed: threading.Event, **settings: Any) -> Any:
     """`ray.init`; a cancel meanwhile lets it come to its end, for a while, and then ends what it has started.
 
     In a thread: in the main one it waits in C++, where no signal is heard, and makes an exit of SIGTERM. The thread
-    stays until `closed`, as the system ends Ray's services with the thread that has started them.
+    stays until `closed`, as the system ends Ray's services with the thread that has started them. They inherit that it
+    is deaf to SIGTERM, which Prefect sends to all processes at once: a start whose services die under it hangs.
     """
     import ray
 
@@ -159,6 +159,7 @@ def _init_ray(closed: threading.Event, **settings: Any) -> Any:
     opened: Future[Any] = Future()
 
     def work() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
             opened.set_result(ray.init(**settings))
             closed.wait()
@@ -170,26 +171,50 @@ def _init_ray(closed: threading.Event, **settings: Any) -> Any:
         while not opened.done():
             with _signal_handlers_kept():  # Ray's libraries put theirs in the place of Python's whole machinery
                 time.sleep(_LOOK_SECONDS)
+        with _signal_handlers_kept():
+            return opened.result()
+    except Exception:
+        raise
     except BaseException as error:
+        signal.alarm(0)  # by which Ray's handler of SIGTERM, were it the one that heard this, aborts after 3 s
         if wait([opened], _INTERRUPT_SECONDS if isinstance(error, KeyboardInterrupt) else _CANCEL_SECONDS).done:
-            ray.shutdown()
+            _shut_down()
             closed.set()
         elif not settings["address"]:
             for _ in range(10):  # the thread may just be starting the next one
                 _kill(_ray_processes())
                 time.sleep(0.1)
         raise
+
+
+def _shut_down() -> None:
+    """`ray.shutdown`, and the end of all processes of a private cluster.
+
+    By force: Ray would wait a second for each of its services, which are deaf to its SIGTERM. And seen: a worker that
+    had shut down hung in its process's exit and kept 800 MB; one that had just been started stayed for 40 s.
+    """
+    import ray
+
+    started = _ray_processes()
+    killing = threading.Timer(_GRACE_SECONDS, _kill, [started])
+    killing.start()
     with _signal_handlers_kept():
-        return opened.result()
+        ray.shutdown()
+    killing.join()
+    _kill(psutil.wait_procs({*started, *_ray_processes()}, timeout=_GRACE_SECONDS)[1])
 
 
-def _ray_processes() -> list[psutil.Process]:
-    """This process's private cluster: its services, tasks and actors."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
+def _ray_processes() -> set[psutil.Process]:
+    """This process's private cluster: its services, tasks and actors; of those whose parent has ended the young ones,
+    which have no title yet: it takes the place of the environment.
+    """
+    own, found = set(psutil.Process().children(recursive=True)), set()
+    for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if (line := " ".join(process.cmdline())).startswith("ray::") or f"{os.sep}ray{os.sep}" in line:
-                found.append(process)
+            line = " ".join(process.cmdline())
+            of_ray = line.startswith("ray::") or f"{os.sep}ray{os.sep}" in line
+            if of_ray and (process in own or process.environ().get(_MARK) == os.environ.get(_MARK)):
+                found.add(process)
     return found
 
 
@@ -197,15 +222,6 @@ def _kill(processes: Iterable[psutil.Process]) -> None:
     for process in processes:
         with contextlib.suppress(psutil.Error):
             process.kill()
-
-
-def answer_of(reference: Any, seconds: float) -> Any:
-    """`ray.get` in which a cancel is heard: Ray's own waits look for signals themselves and make a SystemError of it.
-
-    Raises:
-        TimeoutError: no answer within so many seconds.
-    """
-    return reference.future().result(seconds)
 
 
 def on_this_machine(function: Callable[..., Any]) -> Any:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, wait
 from typing import Any, cast
 
+from tasks.ray_answer import Answer
 from tasks.ray_launch import root_cause
 
 _POLL_SECONDS = 0.2
@@ -22,16 +22,17 @@ class SideTask:
 
     def __init__(self, reference: Any) -> None:
         self._reference, self._connection = reference, _connection()
-        self._returned: Future[dict[str, Any]] = reference.future()  # stays pending when the cluster ends
+        self._returned = Answer(reference)  # never comes when the cluster ends
 
     def done(self, seconds: float = 0.0) -> bool:
         """Whether it has ended, well or not; waits up to so many seconds."""
         deadline = time.monotonic() + seconds
-        while not (ended := self._returned.done() or _connection() != self._connection):
+        while not self._returned.here(max(0.0, min(_POLL_SECONDS, deadline - time.monotonic()))):
+            if _connection() != self._connection:
+                return True
             if time.monotonic() >= deadline:
-                break
-            wait([self._returned], _POLL_SECONDS)
-        return ended
+                return False
+        return True
 
     def result(self) -> dict[str, Any]:
         """What it returned, when it is done.
@@ -42,10 +43,10 @@ class SideTask:
         """
         import ray
 
-        if not self._returned.done():
+        if not self._returned.here():
             raise LostError("its Ray cluster has ended")
         try:
-            return self._returned.result()
+            return cast(dict[str, Any], self._returned.value())
         except ray.exceptions.RayTaskError as error:
             raise RuntimeError(root_cause(error)) from error
         except Exception as error:

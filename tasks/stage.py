@@ -242,6 +242,7 @@ def _prepared(run: PipelineRun, planned: PlannedStage, decision: Decision, lease
 def _commit(context: StageContext, outcome: StageOutcome, started: float) -> None:
     planned = context.planned
     context.tracking.log_scores(outcome.scores)
+    context.tracking.deliver()  # now: when the artifact is whole nobody will send it again
     context.lease.check()
     context.artifact.commit(
         version=VERSIONS[planned.name],

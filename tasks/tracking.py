@@ -32,7 +32,7 @@ _SETTINGS = {
     "GIT_PYTHON_REFRESH": "quiet",
 }
 _LAST_SECONDS = 60.0  # for what is still to be sent when a stage ends
-_FAILED_SECONDS = 10.0  # the same when it failed
+_CLOSING_SECONDS = 10.0  # the same when all was delivered before, or the stage failed
 _CANCELLED_SECONDS = 2.0  # a cancelled run must be gone within 15 s
 _NOTE_SECONDS = 1.0  # the same
 
@@ -127,10 +127,17 @@ class Tracker:
         self._note(monitor.finish)
 
     def link_skipped(self, stage: str, mlflow_run_id: str | None, uri: str) -> None:
-        """Note on the parent which earlier run made a skipped stage."""
+        """Note on the parent which earlier run made a skipped stage; that one is over, whatever ended its process."""
         if parent := self.parent_id:
             made_by = f"{mlflow_run_id or '-'} {uri}"
             self._note(lambda: self.client.set_tag(parent, f"repae.skipped.{stage}", made_by))
+        if mlflow_run_id is not None:
+            self._finish(mlflow_run_id)
+
+    def _finish(self, run_id: str) -> None:
+        with contextlib.suppress(self._mlflow.exceptions.MlflowException):  # tracked elsewhere
+            if self.client.get_run(run_id).info.status == "RUNNING":
+                self.client.set_terminated(run_id, "FINISHED")
 
     def describe(self, markdown: str, *, hurried: bool = False) -> None:
         """The parent run's description; hurried: of a cancelled run."""
@@ -226,6 +233,10 @@ class StageRun(LiveLog):
         super().__init__(tracker.client, run_id, f"MLflow at {tracker.display_uri}", tracker.metric)
         self.tracker = tracker
 
+    def deliver(self) -> None:
+        """Wait, for a minute at most, until MLflow has what was logged so far."""
+        self.flush(_LAST_SECONDS)
+
     def log_config(self, config: Mapping[str, Any]) -> None:
         """Every setting as a parameter (those not logged yet), and the whole as an artifact."""
         from mlflow.entities import Param
@@ -268,9 +279,9 @@ def _emptied(run: StageRun) -> Iterator[None]:
         yield
     except BaseException as error:
         with contextlib.suppress(*PROGRAMMING_ERRORS):
-            run.close(_FAILED_SECONDS if isinstance(error, Exception) else _CANCELLED_SECONDS)
+            run.close(_CLOSING_SECONDS if isinstance(error, Exception) else _CANCELLED_SECONDS)
         raise
-    run.close(_LAST_SECONDS)
+    run.close(_CLOSING_SECONDS)
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

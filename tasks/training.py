@@ -22,6 +22,7 @@ from tasks.training_worker import artifact_reference, train_worker
 
 logger = logging.getLogger("repae")
 
+_ROWS, _ROWS_SECONDS = 1000, 30.0
 _POSITION = ("step", "images_seen")
 
 
@@ -139,7 +140,11 @@ def log_history(context: StageContext, rows: Iterable[Mapping[str, float]]) -> N
 def complete_log(context: StageContext) -> None:
     """When training is over: whatever of its curves and pictures MLflow may have missed while it was away."""
     for file in (METRICS, PERFORMANCE):
-        log_history(context, read_rows(context.artifact, file))
+        rows = read_rows(context.artifact, file)
+        for first in range(0, len(rows), _ROWS):  # more than may wait at a time
+            log_history(context, rows[first : first + _ROWS])
+            if not context.tracking.flush(_ROWS_SECONDS):
+                return
     for file in sorted(context.artifact.files("previews")):
         images, _, name = file.removesuffix(".png").partition("-")
         read = functools.partial(context.artifact.read_bytes, f"previews/{file}")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Mapping
 
 from repae_core.artifacts.artifact import LOGS, Artifact
+
+logger = logging.getLogger("repae_core")
 
 METRICS = "metrics.jsonl"  # losses and gradient norms, written at the end: the same in every run of the same settings
 PERFORMANCE = f"{LOGS}performance.jsonl"  # what was measured on the way, written before each checkpoint
@@ -17,14 +20,21 @@ def as_lines(rows: Iterable[Mapping[str, float]]) -> bytes:
 
 
 def read_rows(artifact: Artifact, name: str) -> list[dict[str, float]]:
-    """The rows of METRICS or PERFORMANCE; none where the file is not there.
-
-    Raises:
-        ValueError: the file is damaged; names it.
+    """The rows of METRICS or PERFORMANCE; none where the file is not there. What is no row is left out, with a warning:
+    curves are no reason to stop a training.
     """
     if not artifact.exists(name):
         return []
+    lines = artifact.read_bytes(name).decode(errors="replace").splitlines()
+    rows = [row for row in map(_row, lines) if row is not None]
+    if len(rows) < len(lines):
+        logger.warning("%s/%s is damaged: %d lines left out", artifact.uri, name, len(lines) - len(rows))
+    return rows
+
+
+def _row(line: str) -> dict[str, float] | None:
     try:
-        return [json.loads(line) for line in artifact.read_bytes(name).decode().splitlines()]
-    except ValueError as error:
-        raise ValueError(f"{artifact.uri}/{name} is damaged and may be removed: {error}") from None
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and {"step", "images_seen"} <= row.keys() else None

@@ -14,7 +14,7 @@ from typing import Any, Self
 import psutil
 
 from repae_core.artifacts.parting import at_the_end
-from repae_core.artifacts.processes import boot_id, pid_namespace
+from repae_core.artifacts.processes import boot_id, is_alive, pid_namespace
 from repae_core.artifacts.store import Store
 
 logger = logging.getLogger("repae")
@@ -141,11 +141,7 @@ def _why_free(held: dict[str, Any]) -> str:
     """Why a lease may be taken over; empty while its holder may live."""
     place = (held["host"], held["boot_id"], held.get("pid_namespace"))  # leases of former versions have no namespace
     if place == (socket.gethostname(), boot_id(), pid_namespace()):
-        try:
-            same = abs(psutil.Process(held["pid"]).create_time() - held["pid_started"]) < 1.0
-        except psutil.NoSuchProcess:
-            same = False
-        return "" if same else f"its process {held['pid']} is gone"
+        return "" if is_alive(held["pid"], held["pid_started"]) else f"its process {held['pid']} is gone"
     age = time.time() - held["heartbeat"]
     return f"no heartbeat for {age:.0f} s" if age > EXPIRY_SECONDS else ""
 

@@ -13,10 +13,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import psutil
-
 from repae_core.artifacts import StoreError
-from repae_core.artifacts.processes import boot_id, pid_namespace
+from repae_core.artifacts.processes import boot_id, is_alive, pid_namespace
 
 _NOT_WHOLE = ".part"
 
@@ -88,8 +86,4 @@ def _is_of_the_dead(name: str) -> bool:
         return False
     if place[1] != boot_id():
         return True
-    try:
-        alive = psutil.Process(int(pid)).status() != psutil.STATUS_ZOMBIE  # killed, and its parent has not looked yet
-    except psutil.NoSuchProcess:
-        alive = False
-    return place[2] == pid_namespace() and not alive
+    return place[2] == pid_namespace() and not is_alive(int(pid))

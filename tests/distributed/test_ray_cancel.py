@@ -9,7 +9,8 @@ import time
 import pytest
 from supervised import processes_of
 
-from tasks.ray_session import RaySession, answer_of
+from tasks.ray_answer import answer_of
+from tasks.ray_session import RaySession
 from tasks.ray_side_task import SideTask
 
 TRIES = 300  # one in sixty was lost while Ray's own waits looked for signals
