@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import Annotated
 
@@ -244,6 +245,9 @@ def main() -> None:
     """Entry point: one clear line for an error, exit code 2 for bad input, 1 for a failure."""
     from flows.environment import prepare_environment
 
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # `nohup` ignores SIGHUP
+            signal.signal(number, _stop)
     try:
         if not {"--help", "-h"} & set(sys.argv[1:]):
             prepare_environment()
@@ -256,6 +260,11 @@ def main() -> None:
             raise
         print(f"repae: {_one_line(error)}", file=sys.stderr)
         raise SystemExit(2 if is_bad_input(error) else 1) from None
+
+
+def _stop(number: int, _frame: object) -> None:
+    """An orderly end, as Ctrl-C's: by default the process would go and leave Prefect's temporary server behind."""
+    raise SystemExit(128 + number)
 
 
 def is_bad_input(error: BaseException) -> bool:

@@ -10,7 +10,7 @@ import pytest
 import tiny
 from mlflow import MlflowClient
 
-from repae_core.artifacts import Artifact, Store
+from repae_core.artifacts import Artifact, Store, StoreError
 from repae_core.artifacts.checkpoints import commit_checkpoint
 from repae_core.config import load_config
 from tasks import checkpoint_scores
@@ -114,6 +114,35 @@ def test_a_score_that_ran_when_its_driver_died_is_made_again(context, monkeypatc
     CheckpointScores(context, artifact).look(64)
     assert [payload["images_seen"] for payload in started] == ([] if scored else [64])
     assert logged == ([(64, {"score/fd_digits": 3.5})] if scored else [])
+
+
+def test_a_score_is_kept_until_the_store_takes_it(context, monkeypatch):
+    done = SimpleNamespace(done=lambda: True, result=lambda: {"fd_digits": 3.5})
+    monkeypatch.setattr(checkpoint_scores, "start_beside", lambda *_, **__: done)
+    logged = []
+    context.tracking = SimpleNamespace(log_metrics=lambda values, images_seen: logged.append((images_seen, values)))
+    scores = CheckpointScores(context, context.artifact)
+    scores.look(64)
+    write = Artifact.write_json
+
+    def away(*_):
+        raise StoreError("the store is away")
+
+    monkeypatch.setattr(Artifact, "write_json", away)
+    scores.look(72)
+    monkeypatch.setattr(Artifact, "write_json", write)
+    scores.look(80)
+    assert context.artifact.read_json("logs/scores-000000064.json") == {"fd_digits": 3.5}
+    assert logged == [(64, {"score/fd_digits": 3.5})]
+
+
+def test_a_damaged_score_is_made_again(context, monkeypatch, caplog):
+    context.artifact.write_bytes("logs/scores-000000064.json", b"{")
+    started = []
+    monkeypatch.setattr(checkpoint_scores, "start_beside", lambda work, payload, **_: started.append(payload))
+    CheckpointScores(context, context.artifact).look(64)
+    assert [payload["images_seen"] for payload in started] == [64]
+    assert "a score is left out" in caplog.text
 
 
 def test_a_score_that_went_with_its_cluster_is_made_once_more(context, monkeypatch, home):

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import tiny
-from supervised import hear_interrupts
+from supervised import hear_interrupts, processes_of
 
 from repae_core.artifacts import Artifact, Store, list_runs
 from repae_core.artifacts.checkpoints import committed_checkpoints
@@ -136,6 +136,28 @@ def test_a_killed_run_goes_on_from_the_last_checkpoint(place, how, request):
     history = artifact.read_bytes("metrics.jsonl").decode().splitlines()
     assert len(history) == 400
     assert servers(place) == []
+
+
+@pytest.mark.parametrize("begun", ["prefect.server", "raylet_socket"])
+def test_sigterm_leaves_nothing(place, begun, request):
+    """Also while Prefect's temporary server or Ray starts, before or after Prefect hears signals itself."""
+    settings = arguments(place, "train_repae.workers=1", "train_repae.cpus_per_worker=1")
+    program = [sys.executable, "-m", "flows.cli", "run", *settings]
+    log = place / "log"
+    with log.open("w") as errors:
+        process = subprocess.Popen(program, env=environment(place), cwd=place, stderr=errors)
+    request.addfinalizer(process.kill)
+    deadline = time.monotonic() + 250
+    while not any(begun in " ".join(found.cmdline()) for found in processes_of(place / "home")):
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(timeout=40) == 128 + signal.SIGTERM, log.read_text()
+    deadline = time.monotonic() + 10
+    while (left := processes_of(place / "home")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert [found.cmdline() for found in left] == []
 
 
 def servers(place: Path) -> list[psutil.Process]:

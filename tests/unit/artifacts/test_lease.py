@@ -54,6 +54,21 @@ def test_dead_process_on_this_host_is_taken_over_at_once(store):
         assert store.read_json(KEY)["owner"] == lease.owner
 
 
+def test_a_killed_process_that_its_parent_has_not_asked_about_is_dead(store):
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as child:
+        process = psutil.Process(child.pid)
+        write(store, owner="dead", pid=child.pid, pid_started=process.create_time())
+        with pytest.raises(LeaseHeld), Lease(store, KEY):
+            pass
+        child.kill()
+        deadline = time.monotonic() + 5
+        while process.status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        with Lease(store, KEY):
+            pass
+
+
 def test_reused_pid_is_another_process(store):
     write(store, owner="dead", pid_started=psutil.Process().create_time() - 1000)
     with Lease(store, KEY):

@@ -89,7 +89,7 @@ def png() -> bytes:
 
 def test_an_outage_of_mlflow_during_a_stage_is_a_warning(home, tmp_path, monkeypatch, caplog):
     """Also at its end: the stage's run cannot even be closed, and what did not arrive is counted."""
-    monkeypatch.setattr("tasks.tracking._LAST_SECONDS", 0.2)
+    monkeypatch.setattr("tasks.tracking._CLOSING_SECONDS", 0.2)
     tracker = Tracker("test")
     artifact = Artifact(Store(str(tmp_path / "store")), "train-ldm", "abc")
     with tracker.stage_run("train-ldm", artifact, None) as run:
@@ -186,6 +186,30 @@ def test_a_stopped_training_is_logged_once_and_without_gap(home, tmp_path, monke
     )
     both = {(name, str(images)): 2 for name in ("samples", "reconstructions") for images in (32, 48, 64, 80)}
     assert pictures == both | {("reconstructions", "16"): 2}  # PNG and thumbnail; no samples in the VAE's warm-up
+
+
+def test_when_an_artifact_is_whole_its_curves_are(home, tmp_path, monkeypatch):
+    """Else a kill just then would leave them short for ever: the next run skips the stage, and closes MLflow's run."""
+    images = tiny.write_images(tmp_path / "images")
+    config = tiny.config(images, tmp_path / "store", "train_repae.max_steps=8", "train_repae.log_every=1")
+    monkeypatch.setattr(tasks.live_log, "_GATHER_SECONDS", 600.0)  # nothing is sent before somebody waits for it
+    commit, whole = Artifact.commit, {}
+
+    def look_first(artifact, **settings):
+        client, run_id = Tracker("test").client, settings["mlflow_run_id"]
+        for name in ("vae_loss", "images_per_second", "checkpoint_seconds"):
+            whole[artifact.stage, name] = sorted(m.step for m in client.get_metric_history(run_id, name))
+        commit(artifact, **settings)
+
+    monkeypatch.setattr(Artifact, "commit", look_first)
+    run = run_stages(config, preprocess, tasks.train_repae.train_repae)
+    for name in ("vae_loss", "images_per_second", "checkpoint_seconds"):
+        assert whole["train-repae", name] == list(range(8, 88, 8)), name
+    run_id = run.record.stages["train-repae"].mlflow_run_id
+    run.tracker.client.update_run(run_id, status="RUNNING")  # as a killed process leaves it
+    again = run_stages(config, preprocess, tasks.train_repae.train_repae)
+    assert again.record.stages["train-repae"].status == "skipped"
+    assert run.tracker.client.get_run(run_id).info.status == "FINISHED"
 
 
 def test_samples_of_the_latent_stage_reach_mlflow(home, tmp_path):
