@@ -12,8 +12,7 @@ import socket
 import tempfile
 import threading
 import time
-import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +20,7 @@ from typing import Any, cast
 import psutil
 
 from tasks.ray_answer import answer_of
+from tasks.ray_processes import kill, mark_processes, ray_processes
 
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -45,7 +45,6 @@ _HEAD_SECONDS = 120.0  # a restarted Ray head is waited for
 _CANCEL_SECONDS = 8.0  # for a start that is under way; a cancelled run must be gone within 15 s
 _INTERRUPT_SECONDS = 30.0  # the same in a process that stays: Ray ends one whose services are gone, a minute later
 _LOOK_SECONDS = 0.01
-_MARK = "REPAE_RAY_CLUSTER"  # in the environment of what belongs to a private cluster
 _GRACE_SECONDS = 0.5  # for a private cluster to end in order
 _KEPT_SECONDS = 7 * 86400.0  # that logs of private clusters are kept
 
@@ -79,7 +78,7 @@ class RaySession:
             # one listens on every interface.
             os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         self._closed = threading.Event()
-        os.environ[_MARK] = uuid.uuid4().hex
+        mark_processes()
         context = _init_ray(
             self._closed,
             address=given,
@@ -182,7 +181,7 @@ def _init_ray(closed: threading.Event, **settings: Any) -> Any:
             closed.set()
         elif not settings["address"]:
             for _ in range(10):  # the thread may just be starting the next one
-                _kill(_ray_processes())
+                kill(ray_processes())
                 time.sleep(0.1)
         raise
 
@@ -195,33 +194,13 @@ def _shut_down() -> None:
     """
     import ray
 
-    started = _ray_processes()
-    killing = threading.Timer(_GRACE_SECONDS, _kill, [started])
+    started = ray_processes()
+    killing = threading.Timer(_GRACE_SECONDS, kill, [started])
     killing.start()
     with _signal_handlers_kept():
         ray.shutdown()
     killing.join()
-    _kill(psutil.wait_procs({*started, *_ray_processes()}, timeout=_GRACE_SECONDS)[1])
-
-
-def _ray_processes() -> set[psutil.Process]:
-    """This process's private cluster: its services, tasks and actors; of those whose parent has ended the young ones,
-    which have no title yet: it takes the place of the environment.
-    """
-    own, found = set(psutil.Process().children(recursive=True)), set()
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            line = " ".join(process.cmdline())
-            of_ray = line.startswith("ray::") or f"{os.sep}ray{os.sep}" in line
-            if of_ray and (process in own or process.environ().get(_MARK) == os.environ.get(_MARK)):
-                found.add(process)
-    return found
-
-
-def _kill(processes: Iterable[psutil.Process]) -> None:
-    for process in processes:
-        with contextlib.suppress(psutil.Error):
-            process.kill()
+    kill(psutil.wait_procs({*started, *ray_processes()}, timeout=_GRACE_SECONDS)[1])
 
 
 def on_this_machine(function: Callable[..., Any]) -> Any:
