@@ -195,7 +195,12 @@ def _shut_down() -> None:
     import ray
 
     started = ray_processes()
-    killing = threading.Timer(_GRACE_SECONDS, kill, [started])
+
+    def end() -> None:
+        started.update(ray_processes())  # before their parent ends: without it they are not known for long
+        kill(started)
+
+    killing = threading.Timer(_GRACE_SECONDS, end)
     killing.start()
     with _signal_handlers_kept():
         ray.shutdown()

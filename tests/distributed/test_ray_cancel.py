@@ -54,7 +54,12 @@ def test_a_cancel_is_heard_while_ray_starts_and_later(begun, seconds, tmp_path):
             time.sleep(0.02)
         time.sleep(seconds)
         os.killpg(driver.pid, signal.SIGTERM)
-        _, told = driver.communicate(timeout=60)
+        try:
+            _, told = driver.communicate(timeout=60)  # which also waits for all that has inherited its error output
+        except subprocess.TimeoutExpired:
+            pytest.fail(
+                f"driver {driver.poll()}, left: {[process.cmdline()[:4] for process in processes_of(tmp_path)]}"
+            )
     assert driver.returncode == 1, told
     assert told.strip().endswith("Cancel"), told
     deadline = time.monotonic() + 10
