@@ -79,6 +79,7 @@ class RaySession:
             os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         self._closed = threading.Event()
         mark_processes()
+        self.address = ""  # a cancel before it is known leaves something to close
         context = _init_ray(
             self._closed,
             address=given,

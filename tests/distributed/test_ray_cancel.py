@@ -34,8 +34,11 @@ def cancelled(*_):
 
 signal.signal(signal.SIGTERM, cancelled)
 session = RaySession()
-session.connect(2)
-threading.Event().wait(60)
+try:
+    session.connect(2)
+    threading.Event().wait(60)
+finally:
+    session.close()
 """
 
 
