@@ -139,12 +139,11 @@ def log_history(context: StageContext, rows: Iterable[Mapping[str, float]]) -> N
 
 def complete_log(context: StageContext) -> None:
     """When training is over: whatever of its curves and pictures MLflow may have missed while it was away."""
-    for file in (METRICS, PERFORMANCE):
-        rows = read_rows(context.artifact, file)
-        for first in range(0, len(rows), _ROWS):  # more than may wait at a time
-            log_history(context, rows[first : first + _ROWS])
-            if not context.tracking.flush(_ROWS_SECONDS):
-                return
+    rows = read_rows(context.artifact, METRICS) + read_rows(context.artifact, PERFORMANCE)
+    for first in range(0, len(rows), _ROWS):  # more than may wait at a time
+        log_history(context, rows[first : first + _ROWS])
+        if not context.tracking.flush(_ROWS_SECONDS):
+            break
     for file in sorted(context.artifact.files("previews")):
         images, _, name = file.removesuffix(".png").partition("-")
         read = functools.partial(context.artifact.read_bytes, f"previews/{file}")

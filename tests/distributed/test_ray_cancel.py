@@ -33,6 +33,7 @@ def cancelled(*_):
     raise Cancel
 
 signal.signal(signal.SIGTERM, cancelled)
+print("hears", flush=True)
 session = RaySession()
 try:
     session.connect(2)
@@ -43,14 +44,21 @@ finally:
 
 
 @pytest.mark.parametrize(
-    ("begun", "seconds"), [("", 2), ("gcs_server", 0), *(("raylet_socket", n / 10) for n in range(1, 8)), ("", 15)]
+    ("begun", "seconds"),
+    [("", 1), ("", 4), ("", 15), ("gcs_server", 0), *(("raylet_socket", n / 10) for n in range(1, 8))],
 )
 def test_a_cancel_is_heard_while_ray_starts_and_later(begun, seconds, tmp_path):
     """By all processes at once, as Prefect sends it; for a while Ray has a handler of its own that ends the driver."""
     environment = os.environ | {"REPAE_HOME": str(tmp_path)}
     with subprocess.Popen(
-        [sys.executable, "-c", CANCELLED], env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-c", CANCELLED],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     ) as driver:
+        assert driver.stdout.readline() == "hears\n"
         deadline = time.monotonic() + 60
         while not any(begun in " ".join(process.cmdline()) for process in processes_of(tmp_path)):
             assert time.monotonic() < deadline

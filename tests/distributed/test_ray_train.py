@@ -186,10 +186,11 @@ def test_no_worker_outlives_the_private_cluster():
     """
     session = RaySession()
     session.connect(cpus=1)
-    with subprocess.Popen(["ray::stuck", "600"], executable="sleep") as stuck:
+    stuck = "(exec -a ray::stuck sleep 600); echo $?"  # the shell hears how it ended
+    with subprocess.Popen(["bash", "-c", stuck], stdout=subprocess.PIPE, text=True) as shell:
         other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)  # /site-packages/ray/agent"])
         session.close()
-        stuck.wait(10)
+        assert shell.communicate(timeout=10)[0] == f"{128 + signal.SIGKILL}\n"
         assert other.poll() is None
         other.kill()
         other.wait()

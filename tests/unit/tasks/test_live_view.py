@@ -179,6 +179,9 @@ def test_a_stopped_training_is_logged_once_and_without_gap(home, tmp_path, monke
     ):
         steps = [m.step for m in client.get_metric_history(stage.mlflow_run_id, name)]
         assert sorted(steps) == list(range(8, 88, 8)), name
+    steps = [m.step for m in client.get_metric_history(stage.mlflow_run_id, "seconds/encoder")]  # not in the warm-up
+    assert sorted(steps) == sorted(set(steps))
+    assert 80 in steps
     assert [row["step"] for row in read_rows(artifact, PERFORMANCE)] == list(range(1, 11))
     pictures = Counter(
         tuple(file.path.split("/")[-1].split("+")[:3:2])
